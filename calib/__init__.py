@@ -1,0 +1,1 @@
+"""Constants that static engines need, measured over data."""

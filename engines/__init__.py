@@ -1,0 +1,1 @@
+"""ONNX graphs to TensorRT engines, and the Python runtime that answers questions with them."""

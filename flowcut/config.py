@@ -1,0 +1,215 @@
+"""Geometry of a LLaVA checkpoint, read from its config.json.
+
+Only what changes the mathematics is kept. Fields this project implements with one value only
+(activation, feature layer, rotary scaling) are checked rather than stored, so that a config of
+another model is refused with the field that differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flowcut.errors import ConfigError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+NUMPY_DTYPE: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower. Sizes in elements, image and patch in pixels."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _positive("vision_config", self)
+        _divides("vision_config.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        if self.image_size < self.patch_size:
+            raise ConfigError(
+                f"vision_config.image_size must be at least patch_size ({self.patch_size}), got {self.image_size}."
+            )
+        if self.num_hidden_layers < 3:
+            raise ConfigError(
+                "vision_config.num_hidden_layers must be at least 3 (LLaVA reads hidden state -2), "
+                f"got {self.num_hidden_layers}."
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image, CLS not counted."""
+        return self.grid * self.grid
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def select(self) -> int:
+        """Index after the last layer that feeds hidden state -2, less one: SPEC's `select` = L - 2."""
+        return self.num_hidden_layers - 2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Llama decoder. The defaults are those of transformers' LlamaConfig, which sparse configs rely on."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("text_config", self)
+        _divides("text_config.hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        _divides(
+            "text_config.num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
+        if self.head_size % 2:
+            raise ConfigError(f"text_config head size must be even for rotary embeddings, got {self.head_size}.")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    """A LLaVA-1.5 checkpoint's geometry and special tokens."""
+
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int = 32000
+    eos_token_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_token_id < self.text.vocab_size:
+            raise ConfigError(
+                f"image_token_index must be in 0..{self.text.vocab_size - 1} (text_config.vocab_size), "
+                f"got {self.image_token_id}."
+            )
+
+    @staticmethod
+    def from_file(path: Path) -> LlavaConfig:
+        """Read a config.json.
+
+        Raises:
+            ConfigError: unreadable, not JSON, or a field that this project does not implement.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path} does not exist. A checkpoint directory holds config.json, *.safetensors and tokenizer.json."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} must be a JSON object, got: {error}.") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} must be a JSON object, got {type(data).__name__}.")
+        return LlavaConfig.from_dict(data)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> LlavaConfig:
+        """Read the content of a Hugging Face `LlavaConfig`; absent fields take that class's defaults."""
+        _only(data, "model_type", "llava", "This is not a LLaVA-1.5 checkpoint.")
+        _only(data, "vision_feature_layer", -2)
+        _only(data, "vision_feature_select_strategy", "default")
+        _only(data, "projector_hidden_act", "gelu")
+        _only(data, "multimodal_projector_bias", True)
+        vision = _section(data, "vision_config")
+        text = _section(data, "text_config")
+        _only(vision, "model_type", "clip_vision_model", prefix="vision_config.")
+        _only(vision, "hidden_act", "quick_gelu", prefix="vision_config.")
+        _only(text, "model_type", "llama", prefix="text_config.")
+        _only(text, "hidden_act", "silu", prefix="text_config.")
+        _only(text, "attention_bias", False, prefix="text_config.")
+        _only(text, "mlp_bias", False, prefix="text_config.")
+        eos = text.get("eos_token_id", 2)
+        return LlavaConfig(
+            vision=VisionConfig(**_fields(vision, VisionConfig, "vision_config.")),
+            text=TextConfig(**_text_fields(text, bool(data.get("tie_word_embeddings", False)))),
+            image_token_id=_integer(data, "image_token_index", data.get("image_token_id", 32000)),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else (2 if eos is None else int(eos),),
+        )
+
+
+def _text_fields(text: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ConfigError(
+            f"text_config.rope_parameters.rope_type must be 'default', got {kind!r}. Scaled rotary is not supported."
+        )
+    fields = _fields(text, TextConfig, "text_config.")
+    fields.setdefault("num_key_value_heads", fields.get("num_attention_heads", TextConfig.num_attention_heads))
+    fields.setdefault("rope_theta", float(rope.get("rope_theta", TextConfig.rope_theta)))
+    fields["tie_word_embeddings"] = tied
+    config = TextConfig(**fields)
+    _only(text, "head_dim", config.head_size, prefix="text_config.")
+    return fields
+
+
+def _fields(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:
+    """The fields of `cls` present in `data`, with numbers checked to be numbers."""
+    out: dict[str, Any] = {}
+    for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        value = data.get(name)
+        if value is None or name == "tie_word_embeddings":
+            continue
+        if field.type == "int":
+            value = _integer(data, name, value, prefix)
+        elif not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"{prefix}{name} must be a number, got {value!r}.")
+        out[name] = value
+    return out
+
+
+def _section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = data.get(name)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be an object, got {value!r}. config.json of a LLaVA-1.5 checkpoint has one.")
+    return value
+
+
+def _only(data: Mapping[str, Any], name: str, allowed: object, remedy: str = "", prefix: str = "") -> None:
+    """Check a field that has one supported value; absent or null means that value."""
+    value = data.get(name)
+    if value is not None and value != allowed:
+        raise ConfigError(f"{prefix}{name} must be {allowed!r}, got {value!r}. {remedy}".rstrip())
+
+
+def _integer(data: Mapping[str, Any], name: str, value: object, prefix: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{prefix}{name} must be an integer, got {value!r}.")
+    return value
+
+
+def _positive(section: str, config: object) -> None:
+    for name, value in vars(config).items():
+        if not isinstance(value, bool) and value <= 0:
+            raise ConfigError(f"{section}.{name} must be positive, got {value!r}.")
+
+
+def _divides(field: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        raise ConfigError(f"{field} must be a multiple of {divisor_name} ({divisor}), got {value}.")
