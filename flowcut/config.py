@@ -8,6 +8,7 @@ another model is refused with the field that differs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,16 @@ from typing import Any, Literal
 from flowcut.errors import ConfigError
 
 Precision = Literal["fp32", "fp16", "bf16"]
+# What transformers' CLIPVisionConfig assumes for a field that vision_config leaves out. VisionConfig's own defaults are
+# LLaVA-1.5's, as a hand-written geometry wants them.
+_CLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
 NUMPY_DTYPE: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -136,7 +147,7 @@ class LlavaConfig:
         _only(data, "vision_feature_select_strategy", "default")
         _only(data, "projector_hidden_act", "gelu")
         _only(data, "multimodal_projector_bias", True)
-        vision = _section(data, "vision_config")
+        vision = {**_CLIP_DEFAULTS, **_section(data, "vision_config")}
         text = _section(data, "text_config")
         _only(vision, "model_type", "clip_vision_model", prefix="vision_config.")
         _only(vision, "hidden_act", "quick_gelu", prefix="vision_config.")
@@ -144,17 +155,20 @@ class LlavaConfig:
         _only(text, "hidden_act", "silu", prefix="text_config.")
         _only(text, "attention_bias", False, prefix="text_config.")
         _only(text, "mlp_bias", False, prefix="text_config.")
-        eos = text.get("eos_token_id", 2)
+        _only(vision, "num_channels", 3, prefix="vision_config.")
+        image_token = "image_token_id" if data.get("image_token_index") is None else "image_token_index"
         return LlavaConfig(
             vision=VisionConfig(**_fields(vision, VisionConfig, "vision_config.")),
-            text=TextConfig(**_text_fields(text, bool(data.get("tie_word_embeddings", False)))),
-            image_token_id=_integer(data, "image_token_index", data.get("image_token_id", 32000)),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (2 if eos is None else int(eos),),
+            text=TextConfig(**_text_fields(text, _boolean(data, "tie_word_embeddings"))),
+            image_token_id=_integer(image_token, data.get(image_token, 32000)),
+            eos_token_ids=_eos(text),
         )
 
 
 def _text_fields(text: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"text_config.rope_parameters must be an object, got {rope!r}.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(
@@ -162,11 +176,17 @@ def _text_fields(text: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         )
     fields = _fields(text, TextConfig, "text_config.")
     fields.setdefault("num_key_value_heads", fields.get("num_attention_heads", TextConfig.num_attention_heads))
-    fields.setdefault("rope_theta", float(rope.get("rope_theta", TextConfig.rope_theta)))
-    fields["tie_word_embeddings"] = tied
-    config = TextConfig(**fields)
-    _only(text, "head_dim", config.head_size, prefix="text_config.")
+    fields.setdefault("rope_theta", _number("text_config.rope_theta", rope.get("rope_theta", TextConfig.rope_theta)))
+    # transformers takes the tie from either place
+    fields["tie_word_embeddings"] = tied or _boolean(text, "tie_word_embeddings", "text_config.")
+    _only(text, "head_dim", TextConfig(**fields).head_size, prefix="text_config.")
     return fields
+
+
+def _eos(text: Mapping[str, Any]) -> tuple[int, ...]:
+    value = text.get("eos_token_id")
+    values = value if isinstance(value, list) else [2 if value is None else value]
+    return tuple(_integer("text_config.eos_token_id", v) for v in values)
 
 
 def _fields(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:
@@ -176,11 +196,8 @@ def _fields(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:
         value = data.get(name)
         if value is None or name == "tie_word_embeddings":
             continue
-        if field.type == "int":
-            value = _integer(data, name, value, prefix)
-        elif not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ConfigError(f"{prefix}{name} must be a number, got {value!r}.")
-        out[name] = value
+        check = _integer if field.type == "int" else _number
+        out[name] = check(f"{prefix}{name}", value)
     return out
 
 
@@ -198,10 +215,23 @@ def _only(data: Mapping[str, Any], name: str, allowed: object, remedy: str = "",
         raise ConfigError(f"{prefix}{name} must be {allowed!r}, got {value!r}. {remedy}".rstrip())
 
 
-def _integer(data: Mapping[str, Any], name: str, value: object, prefix: str = "") -> int:
+def _integer(field: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{prefix}{name} must be an integer, got {value!r}.")
+        raise ConfigError(f"{field} must be an integer, got {value!r}.")
     return value
+
+
+def _number(field: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{field} must be a number, got {value!r}.")
+    return float(value)
+
+
+def _boolean(data: Mapping[str, Any], name: str, prefix: str = "") -> bool:
+    value = data.get(name)
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"{prefix}{name} must be true or false, got {value!r}.")
+    return bool(value)
 
 
 def _positive(section: str, config: object) -> None:

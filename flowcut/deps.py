@@ -25,6 +25,4 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise
-        raise FlowCutError(
-            f"{module} is not installed. Install it with: pip install 'flowcut-trt[{extra}]'"
-        ) from None
+        raise FlowCutError(f"{module} is not installed. Install it with: pip install 'flowcut-trt[{extra}]'") from None

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Write the bundled models under flowcut/assets: llava-tiny whole, the Hub models' settings with a stand-in tokenizer.
+
+    PYTHONPATH=. python tests/make_tiny.py [OUT]
+
+Everything is decided by this file: a second run writes the same bytes. Needs numpy, safetensors and tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from flowcut.config import LlavaConfig
+from flowcut.tensors import expected_tensors
+
+SEED = 0
+VOCABULARY = 512
+IMAGE, PAD = VOCABULARY - 2, VOCABULARY - 1  # llava-tiny's; LLaVA-1.5 has 32000 and 32001
+SPECIALS = ["<unk>", "<s>", "</s>"]  # 0, 1, 2, as in Llama
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+
+WORDS = """
+a about above across after all along an and animal animals answer any apple are around art as at away baby back bag
+ball banana bear bed behind below bench beside between bicycle big bird birds black blue board boat book bottle bowl
+box boy bread bridge bright brown building bus cake camera can car cat cats chair child children church circle city
+clean clear clock close cloth cloud clouds coat coffee color colors corner count cow cup cut dark day describe desk
+did dish do does dog dogs door down drink drinking each eating edge eight elephant empty face far fast field fire
+fish five flag floor flower flowers food foot for forest fork four frame from front fruit game garden girl glass go
+going good grass gray great green ground group hair hand happy has hat have he head her high hill his holding home
+horse hot house how image in inside is it its jumping kitchen knife lake lamp large laptop leaf leaves left letter
+light line little long look looking made man many map meat men middle mirror moon more morning mountain mouth moving
+much near next night nine no not number object objects ocean of off old on one only open or orange other out outside
+over paint painting paper park part people person phone photo picture pink pizza plane plant plate playing point
+purple question rain rabbit read reading red right ring river road rock roof room round running sand scene sea seat
+see seven shape she sheep ship shirt shoe shop short show shows side sign sitting six sky sleeping small smile snow
+some square standing star stone store street sun table tall taking teeth ten text that the their them there these
+they thing things this three through time to together top tower town toy track traffic train tree trees triangle
+truck two umbrella under up used wall walking want was watch water wave wearing weather what wheel when where which
+white who why wide wild window with woman women wood word work writing yellow yes you young zebra zero
+"""
+QUESTIONS = """
+What is in the picture?
+What color is the car?
+How many people are there in the image?
+How many objects are in this picture?
+What shape is the red object?
+Where is the dog sitting?
+Is there a cat on the chair?
+Is the circle to the left of the square?
+Which animal is behind the tree?
+Describe the image.
+Describe this photo in one sentence.
+What is the man doing?
+What is written on the sign?
+What is the woman holding in her hand?
+The image shows a small red circle on the left and a large blue square on the right.
+There are two people in the picture. They are walking on the street.
+Yes, there is. No, there is not.
+USER: ASSISTANT:
+0 1 2 3 4 5 6 7 8 9 ! " # % & ' ( ) * + - / ; < = > @ [ ] _
+A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
+""".strip().splitlines()
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "model_type": "llava",
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "rms_norm_eps": 1e-05,
+    "torch_dtype": "float16",
+}
+CLIP = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+TINY_CLIP = CLIP | {
+    "hidden_size": 128,
+    "image_size": 168,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 12,
+    "projection_dim": 128,
+}
+TINY_LLAMA = LLAMA | {
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+}
+# As on the Hub: what is not said is LlamaConfig's default, a 7B.
+HUB_LLAMA = {
+    "llava-1.5-7b": LLAMA | {"vocab_size": 32064},
+    "llava-1.5-13b": LLAMA
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32064,
+    },
+}
+
+
+def main(out: Path) -> None:
+    tiny = out / "llava-tiny"
+    write_settings(tiny, llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
+    write_weights(tiny)
+    for alias, text in HUB_LLAMA.items():
+        write_settings(out / alias, llava(CLIP, text, 32000, 32001), 32000, 32001)
+
+
+def llava(vision: dict[str, Any], text: dict[str, Any], image: int, pad: int) -> dict[str, Any]:
+    return LLAVA | {"image_token_index": image, "pad_token_id": pad, "text_config": text, "vision_config": vision}
+
+
+def write_settings(directory: Path, config: dict[str, Any], image: int, pad: int) -> None:
+    """config.json, preprocessor, tokenizer and chat template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vision = config["vision_config"]
+    write_json(directory / "config.json", config)
+    write_json(directory / "preprocessor_config.json", image_processor(vision["image_size"]))
+    write_json(directory / "processor_config.json", processor(vision["patch_size"]))
+    write_json(directory / "tokenizer_config.json", tokenizer_config())
+    write_json(directory / "special_tokens_map.json", special_tokens())
+    write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad})
+    write_json(directory / "tokenizer.json", json.loads(tokenizer(image, pad).to_str()))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def write_weights(directory: Path) -> None:
+    """Seeded weights with the recipe's distributions, float16."""
+    import recipe
+
+    config = LlavaConfig.from_file(directory / "config.json")
+    v, t = config.vision, config.text
+    vision = {"hidden": v.hidden_size, "layers": v.num_hidden_layers, "mlp": v.intermediate_size}
+    vision |= {"patch": v.patch_size, "image": v.image_size}
+    text = {"hidden": t.hidden_size, "layers": t.num_hidden_layers, "mlp": t.intermediate_size, "vocab": t.vocab_size}
+    tensors = {
+        name: recipe.sample(name, shape, kind, SEED).astype(np.float16)
+        for name, shape, kind in recipe.tensors(vision, text, SEED)
+    }
+    if {name: x.shape for name, x in tensors.items()} != expected_tensors(config):
+        raise SystemExit("tests/recipe.py and flowcut/tensors.py disagree about names or shapes")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)
+
+
+def tokenizer(image: int, pad: int) -> Tokenizer:
+    """Llama's pipeline (byte-fallback BPE, a space before every text, BOS) over our own words."""
+    vocabulary, merges = learn()
+    vocabulary |= {"<image>": image, "<pad>": pad}
+    out = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    out.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    out.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    out.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    out.add_special_tokens([AddedToken(t, normalized=False) for t in (*SPECIALS, "<image>", "<pad>")])
+    return out
+
+
+def learn() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """BPE vocabulary below IMAGE, and its merges, best first."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=IMAGE, special_tokens=SPECIALS + BYTES, show_progress=False)
+    # A question's words weigh as much as ten other words
+    learner.train_from_iterator(WORDS.split() + QUESTIONS * 10, trainer)
+    model = json.loads(learner.to_str())["model"]
+    return model["vocab"], [(left, right) for left, right in model["merges"]]
+
+
+def image_processor(size: int) -> dict[str, Any]:
+    return {
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "processor_class": "LlavaProcessor",
+        "resample": 3,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"shortest_edge": size},
+    }
+
+
+def processor(patch: int) -> dict[str, Any]:
+    return {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 1,  # CLS, which the strategy then takes away
+        "patch_size": patch,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def tokenizer_config() -> dict[str, Any]:
+    return special_tokens() | {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {"image_token": "<image>"},
+        "model_max_length": 4096,
+        "padding_side": "left",
+        "processor_class": "LlavaProcessor",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def special_tokens() -> dict[str, Any]:
+    return {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "flowcut" / "assets")
