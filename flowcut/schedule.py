@@ -1,0 +1,176 @@
+"""How many patches each pruning point keeps: SPEC 2 and 3 as plain arithmetic.
+
+Four kinds, one code path in the modules that use them:
+
+- `off`       nothing is pruned;
+- `adaptive`  the count follows from the data, one image at a time (eager PyTorch only);
+- `static`    constants, so every shape is fixed;
+- `masked`    constants bound the shapes, the count within them follows from the data on the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from flowcut.config import VisionConfig
+from flowcut.errors import ConfigError
+
+Kind = Literal["off", "adaptive", "static", "masked"]
+ENTROPY_RATIO = 0.9
+"""The entropy ratio that the closed form assumes where no calibration was done."""
+DEFAULT_SHARE = 64 / 576
+"""Share of the patches kept by default: the paper's 64 of LLaVA-1.5's 576."""
+
+
+def pruning_points(layers: int) -> list[int]:
+    """Layers after which patches are dropped: those with an even number of layers left before hidden state -2."""
+    select = layers - 2
+    return [i for i in range(select) if (select - i - 1) % 2 == 0]
+
+
+def layers_left(layers: int, layer: int) -> int:
+    """SPEC's `left`: layers between this one and the last that feeds hidden state -2."""
+    return layers - 2 - layer - 1
+
+
+def drop_count(patches: int, tokens: int, left: int, entropy_ratio: float) -> int:
+    """Patches the adaptive rule drops: round_half_even((N - T) / sqrt(left) * (1 - e^2)).
+
+    Args:
+        patches: N, patches still present.
+        tokens: T, patches wanted at the end.
+        left: layers left; at 0 all surplus goes.
+        entropy_ratio: e, entropy of the layer's CLS attention over ln N.
+    """
+    if left == 0:
+        return patches - tokens
+    if patches <= 1:
+        return 0
+    return min(round((patches - tokens) / math.sqrt(left) * (1 - entropy_ratio**2)), patches - tokens)
+
+
+def closed_form(vision: VisionConfig, tokens: int) -> tuple[int, ...]:
+    """Kept counts per pruning point when every layer's entropy ratio is taken as 0.9."""
+    counts, patches = [], vision.patches
+    for layer in pruning_points(vision.num_hidden_layers):
+        patches -= drop_count(patches, tokens, layers_left(vision.num_hidden_layers, layer), ENTROPY_RATIO)
+        counts.append(patches)
+    return tuple(counts)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the pruner does, fixed before any image is seen.
+
+    Attributes:
+        kind: see the module's docstring.
+        patches: patches of one image, N at layer 0.
+        tokens: patches kept in the end, T.
+        counts: per pruning point the patches kept (`static`) or the capacity (`masked`); empty otherwise.
+    """
+
+    kind: Kind
+    patches: int
+    tokens: int
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"schedule.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        check_tokens(self.tokens, self.patches)
+        if (self.kind == "off") != (self.tokens == self.patches):
+            raise ConfigError(
+                f"schedule.kind must be 'off' exactly when tokens equals patches, got kind={self.kind!r}, "
+                f"tokens={self.tokens}, patches={self.patches}."
+            )
+        if (self.kind in ("static", "masked")) != bool(self.counts):
+            raise ConfigError(f"schedule.counts must be given for static and masked only, got {self.counts!r}.")
+        if self.counts:
+            steps = (self.patches, *self.counts)
+            falling = all(a >= b for a, b in pairwise(steps))
+            if not falling or self.counts[-1] != self.tokens:
+                raise ConfigError(
+                    f"schedule.counts must fall from at most {self.patches} to exactly {self.tokens} (tokens), "
+                    f"got {list(self.counts)}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "counts": list(self.counts)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Schedule:
+        """Inverse of `to_dict`; unknown or missing keys are errors."""
+        expected = {"kind", "patches", "tokens", "counts"}
+        if not isinstance(data, Mapping) or set(data) != expected:
+            got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise ConfigError(f"schedule must have the keys {sorted(expected)}, got {got}.")
+        counts = data["counts"]
+        numbers = [data["patches"], data["tokens"], *(counts if isinstance(counts, (list, tuple)) else [None])]
+        if not all(_is_int(n) for n in numbers):
+            raise ConfigError(f"schedule.patches, tokens and counts must be integers, got {dict(data)!r}.")
+        return Schedule(data["kind"], data["patches"], data["tokens"], tuple(counts))
+
+
+def default_tokens(patches: int) -> int:
+    """11.1% of the patches."""
+    return max(1, round(patches * DEFAULT_SHARE))
+
+
+def check_tokens(tokens: int, patches: int) -> None:
+    """Raise ConfigError unless 1 <= tokens <= patches."""
+    if not _is_int(tokens) or not 1 <= tokens <= patches:
+        raise ConfigError(f"tokens must be in 1..{patches} (the patches of one image) or 'all', got {tokens!r}.")
+
+
+def make_schedule(spec: str, vision: VisionConfig, tokens: int) -> Schedule:
+    """The schedule for a name (`adaptive`, `static`, `masked`) or a schedule .json file.
+
+    Bare `static` takes the closed form; bare `masked` has full capacity. With tokens = patches it is always `off`.
+
+    Raises:
+        ConfigError: unknown name, unreadable file, or a file for another geometry or budget.
+    """
+    check_tokens(tokens, vision.patches)
+    if spec.endswith(".json"):
+        return _load(Path(spec), vision, tokens)
+    if spec not in ("adaptive", "static", "masked"):
+        raise ConfigError(f"schedule must be adaptive, static, masked or a .json file, got {spec!r}.")
+    points = pruning_points(vision.num_hidden_layers)
+    if tokens == vision.patches:
+        return Schedule("off", vision.patches, tokens)
+    if not points:
+        raise ConfigError(f"num_hidden_layers must be at least 3 to prune, got {vision.num_hidden_layers}.")
+    if spec == "static":
+        return Schedule("static", vision.patches, tokens, closed_form(vision, tokens))
+    if spec == "masked":
+        return Schedule("masked", vision.patches, tokens, (vision.patches,) * (len(points) - 1) + (tokens,))
+    return Schedule("adaptive", vision.patches, tokens)
+
+
+def _load(path: Path, vision: VisionConfig, tokens: int) -> Schedule:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"schedule {path} must be a readable JSON file, got: {error}.") from None
+    schedule = Schedule.from_dict(data)
+    wanted = {
+        "patches": vision.patches,
+        "tokens": tokens,
+        "pruning points": len(pruning_points(vision.num_hidden_layers)),
+    }
+    got = {"patches": schedule.patches, "tokens": schedule.tokens, "pruning points": len(schedule.counts)}
+    if not schedule.counts:
+        del wanted["pruning points"], got["pruning points"]
+    if wanted != got:
+        raise ConfigError(f"schedule {path} must be made for {wanted}, got {got}. Choose another file or --tokens.")
+    return schedule
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,73 @@
+"""Flow score of one layer (SPEC 1), as pure functions of that layer's query, key and value.
+
+Everything is float32 and per image. Only the source row (CLS in vision) is scored against the keys, so attention
+itself stays fused. Logits of `v[0] . v[j]` dwarf each other on real checkpoints; therefore probabilities are kept as
+logarithms and the largest one is factored out before heads are summed: a common factor cancels in `sem / sum(sem)`,
+and the result is finite for any |q|, |k|, |v| <= 65504.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HISTORY = 0.5
+"""Weight of the running score: cum = (cum + score) / 2."""
+
+
+class FlowScore(NamedTuple):
+    """Scores of one layer.
+
+    Attributes:
+        score: [B, N] float32, this layer's flow score.
+        entropy_ratio: [B] float32, entropy of the normalised CLS attention over ln N (1 = flat); 1 where N <= 1.
+    """
+
+    score: Tensor
+    entropy_ratio: Tensor
+
+
+def flow_score(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> FlowScore:
+    """Score patches 1..N by what flows between them and CLS (row 0).
+
+    Args:
+        q, k, v: [B, H, N+1, d], any float dtype, after bias and before attention.
+        valid: [B, N] bool; False patches take part in no sum and no softmax, and score 0.
+    """
+    q_row, k, v = q[:, :, :1].float(), k.float(), v.float()
+    scale = q.shape[-1] ** -0.5
+    keys = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)  # [B, N+1]
+    rel = _share((q_row * scale) @ k.transpose(-1, -2), keys)
+    sem = _share(v[:, :, :1] @ v.transpose(-1, -2), keys)
+    strength = v.mean(1)[:, 1:].abs().sum(-1)  # [B, N]
+    return FlowScore((rel + sem) * strength, _entropy_ratio(rel, valid))
+
+
+def accumulate(running: Tensor | None, score: Tensor) -> Tensor:
+    """Running score: the first layer's score, then the mean of what was and what is."""
+    return score if running is None else HISTORY * running + (1 - HISTORY) * score
+
+
+def _share(logits: Tensor, keys: Tensor | None) -> Tensor:
+    """Head-mean attention of the source row, CLS dropped, normalised to sum 1 over the patches.
+
+    Args:
+        logits: [B, H, 1, N+1].
+        keys: [B, N+1] bool or None.
+    """
+    logits = logits.squeeze(2)
+    if keys is not None:
+        logits = logits.masked_fill(~keys[:, None], -torch.inf)
+    log_share = logits.log_softmax(-1)[..., 1:]  # [B, H, N]; CLS counts in the denominator only
+    largest = log_share.amax((1, 2), keepdim=True)
+    weight = (log_share - largest).exp().sum(1)  # [B, N]
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def _entropy_ratio(share: Tensor, valid: Tensor | None) -> Tensor:
+    """-sum p ln p / ln N per image, with 0 ln 0 = 0."""
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    count = torch.full_like(entropy, share.shape[-1]) if valid is None else valid.sum(-1).to(entropy.dtype)
+    return torch.where(count > 1, entropy / count.clamp(min=2).log(), torch.ones_like(entropy))
