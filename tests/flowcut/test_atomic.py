@@ -1,0 +1,250 @@
+"""A directory is replaced whole or not at all, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flowcut import atomic
+from flowcut.atomic import check_space, replacing
+from flowcut.errors import EngineError
+
+BUILD = """
+import sys, time
+from pathlib import Path
+from flowcut.atomic import replacing
+with replacing(Path(sys.argv[1]), lambda target: None) as partial:
+    (partial / "text").write_text("new")
+    print("building", flush=True)
+    time.sleep(60)
+"""
+
+
+def anything(target: Path) -> None:
+    """The check that lets everything be replaced."""
+
+
+def build(target: Path, text: str) -> None:
+    with replacing(target, anything) as partial:
+        (partial / "text").write_text(text)
+        (partial / "deep").mkdir()
+        (partial / "deep" / "text").write_text(text)
+
+
+def tree(directory: Path) -> dict[str, str]:
+    return {p.relative_to(directory).as_posix(): p.read_text() for p in directory.rglob("*") if p.is_file()}
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+def build_and_raise(target: Path, error: BaseException) -> None:
+    with replacing(target, anything) as partial:
+        (partial / "text").write_text("new")
+        raise error
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "build" / "tiny-8-fp16-ort"
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def either_swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+
+
+@pytest.mark.usefixtures("either_swap")
+def test_publishes_and_replaces_leaving_only_the_target(target: Path) -> None:
+    build(target, "first")
+    assert tree(target) == {"text": "first", "deep/text": "first"}
+    build(target, "second")
+    assert tree(target) == {"text": "second", "deep/text": "second"}
+    assert names(target.parent) == [target.name]
+
+
+def test_target_is_untouched_until_the_block_ends(target: Path) -> None:
+    build(target, "old")
+    with replacing(target, anything) as partial:
+        (partial / "text").write_text("new")
+        assert partial.parent == target.parent
+        assert tree(target)["text"] == "old"
+    assert tree(target) == {"text": "new"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("existing", [True, False])
+def test_failure_inside_the_block_leaves_nothing_behind(
+    target: Path, error: type[BaseException], existing: bool
+) -> None:
+    if existing:
+        build(target, "old")
+    with pytest.raises(error):
+        build_and_raise(target, error())
+    assert names(target.parent) == [target.name] * existing
+    assert not existing or tree(target)["text"] == "old"
+
+
+def test_old_directory_returns_when_the_second_rename_fails(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(target, "old")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.suffix == ".partial":
+            raise OSError(errno.ENOSPC, "no space")
+        return rename(self, to)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(EngineError, match="No space left"):
+        build(target, "new")
+    assert tree(target)["text"] == "old"
+    assert names(target.parent) == [target.name]
+
+
+def test_check_runs_again_before_the_swap(target: Path) -> None:
+    calls = []
+
+    def check(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise EngineError("somebody moved in")
+
+    with pytest.raises(EngineError, match="moved in"), replacing(target, check):
+        pass
+    assert calls == [target, target]
+    assert names(target.parent) == []
+
+
+def start_build(target: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", BUILD, str(target)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    return process
+
+
+def test_next_build_removes_what_a_killed_one_left(target: Path) -> None:
+    build(target, "old")
+    process = start_build(target)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(names(target.parent)) == 2
+    assert tree(target)["text"] == "old"
+    build(target, "new")
+    assert names(target.parent) == [target.name]
+
+
+def test_next_build_leaves_a_living_one_alone(target: Path) -> None:
+    process = start_build(target)
+    try:
+        build(target, "mine")
+        assert len(names(target.parent)) == 2
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_interrupted_process_leaves_nothing(target: Path) -> None:
+    process = start_build(target)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() != 0
+    assert names(target.parent) == []
+
+
+def test_directory_moved_aside_by_a_killed_build_comes_back(target: Path) -> None:
+    build(target, "old")
+    target.rename(target.parent / f".{target.name}.4000000.0a1b2c3d.old")
+    with pytest.raises(RuntimeError):
+        build_and_raise(target, RuntimeError())
+    assert tree(target)["text"] == "old"
+    assert names(target.parent) == [target.name]
+
+
+def test_leftovers_of_other_targets_stay(target: Path) -> None:
+    target.parent.mkdir()
+    others = [f".{target.name}.4.5.abc.partial", ".other.5.abc.partial", f".{target.name}.partial"]
+    for name in others:
+        (target.parent / name).mkdir()
+    build(target, "new")
+    assert names(target.parent) == sorted([*others, target.name])
+
+
+def test_two_builds_at_once_end_with_a_whole_directory(target: Path) -> None:
+    build(target, "old")
+    with replacing(target, anything) as first, replacing(target, anything) as second:
+        (first / "text").write_text("first")
+        (second / "text").write_text("second")
+    assert tree(target) == {"text": "first"}
+    assert names(target.parent) == [target.name]
+
+
+def test_link_to_a_directory_is_followed(target: Path, tmp_path: Path) -> None:
+    build(target, "old")
+    link = tmp_path / "latest"
+    link.symlink_to(target)
+    build(link, "new")
+    assert link.is_symlink()
+    assert tree(target)["text"] == "new"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_disk_errors_are_one_line_with_what_is_free_and_a_remedy(target: Path, code: int) -> None:
+    with pytest.raises(EngineError) as caught, replacing(target, anything) as partial:
+        raise OSError(code, "any", str(partial / "language.engine"))
+    message = str(caught.value)
+    assert "language.engine must be writable, got: " + os.strerror(code) in message
+    assert "MB free" in message
+    assert "\n" not in message
+    assert names(target.parent) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_met_while_writing_is_explained(target: Path) -> None:
+    with pytest.raises(EngineError, match="No space left on device"), replacing(target, anything):
+        Path("/dev/full").write_text("x")
+    assert names(target.parent) == []
+
+
+def test_errors_about_other_files_pass_unchanged(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), replacing(target, anything):
+        raise PermissionError(errno.EACCES, "any", "/elsewhere/model.safetensors")
+    with pytest.raises(FileNotFoundError), replacing(target, anything) as partial:
+        (partial / "absent").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda root: root / "file" / "x", "Not a directory|File exists"),
+        (lambda root: root / "file" / "deep" / "x", "Not a directory|File exists"),
+        (lambda root: root / ("x" * 300), "name too long"),
+        (lambda root: root / "loop" / "x", "file or a link to itself"),
+    ],
+)
+def test_impossible_targets_are_explained(tmp_path: Path, spoil: Callable[[Path], Path], expected: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(EngineError, match=expected):
+        build(spoil(tmp_path), "new")
+
+
+def test_too_little_space_is_refused_with_both_figures(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: atomic.shutil._ntuple_diskusage(10**10, 0, 5 * 10**8))
+    check_space(target, 5 * 10**8)
+    with pytest.raises(EngineError, match=r"at least 9,000\.0 MB, got 500\.0 MB"):
+        check_space(target, 9 * 10**9)
+
+
+def test_space_of_a_path_that_does_not_exist_is_that_of_its_disk(tmp_path: Path) -> None:
+    check_space(tmp_path / "a" / "b" / "c", 1)
+    with pytest.raises(EngineError, match="free space for"):
+        check_space(tmp_path / "a" / "b" / "c", 1 << 62)
