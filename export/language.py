@@ -1,0 +1,165 @@
+"""The `language` graph: Llama decoder, prefill and decode in one, KV cache written in place.
+
+Inputs and outputs are flowcut.contract.language_contract; flowcut/language.py is the same mathematics in torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from export.builder import GraphBuilder
+from flowcut.config import NUMPY_DTYPE, Precision, TextConfig
+from flowcut.contract import GraphContract, past_names, present_names
+
+if TYPE_CHECKING:
+    from flowcut.checkpoint import Weights
+
+PREFIX = "language_model."
+
+
+@dataclass(frozen=True)
+class Step:
+    """Values that all layers share.
+
+    Attributes:
+        position_ids: [B, S]; write_row: [B], the cache row of the first of them.
+        cos, sin: [C, d/2] tables; mask: [B, 1, S, C] bool.
+    """
+
+    position_ids: ir.Value
+    write_row: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    mask: ir.Value
+
+
+def language_model(
+    weights: Weights, contract: GraphContract, precision: Precision, metadata: Mapping[str, str]
+) -> ir.Model:
+    """Build the graph; weights are read when it is saved.
+
+    Args:
+        weights: checkpoint to read from.
+        contract: of flowcut.contract.language_contract, made for the same geometry and precision.
+        precision: of weights, cache and arithmetic; norms and logits are float32 inside and out.
+        metadata: written into the file.
+    """
+    graph = _LanguageGraph(weights, contract, precision)
+    return graph.builder.model(contract, graph.outputs(), metadata)
+
+
+class _LanguageGraph:
+    """One build: the builder, the declared inputs and the layers' cache outputs."""
+
+    def __init__(self, weights: Weights, contract: GraphContract, precision: Precision) -> None:
+        self.config: TextConfig = weights.config.text
+        self.weights, self.precision = weights, precision
+        self.builder = GraphBuilder(contract.name)
+        self.inputs = {spec.name: self.builder.input(spec) for spec in contract.inputs}
+        rows = {spec.name: spec.dims[2] for spec in contract.inputs if spec.name.startswith("past.")}
+        self.cache_rows = int(rows[past_names(0)[0]])
+
+    def outputs(self) -> dict[str, ir.Value]:
+        """Write all nodes; graph outputs by contract name."""
+        presents: dict[str, ir.Value] = {}
+        hidden, step = self.embed(), self.step()
+        for i in range(self.config.num_hidden_layers):
+            with self.builder.scope(f"layers.{i}"):
+                hidden, cache = self.layer(i, hidden, step)
+            presents |= dict(zip(present_names(i), cache, strict=True))
+        return {"logits": self.logits(hidden)} | presents
+
+    def embed(self) -> ir.Value:
+        """Token embeddings [B, S, D], replaced by image embeddings where image_rows is not -1."""
+        b = self.builder
+        rows = self.inputs["image_rows"]
+        text = b.op("Gather", self.weight("model.embed_tokens"), self.inputs["input_ids"])
+        table = b.op("Reshape", self.inputs["image_embeds"], b.const([-1, self.config.hidden_size], "int64"))
+        images = b.op("Gather", table, b.op("Max", rows, b.const(0, "int64")))
+        is_image = b.op("Greater", b.op("Unsqueeze", rows, b.const([2], "int64")), b.const(-1, "int64"))
+        return b.op("Where", is_image, images, text)
+
+    def step(self) -> Step:
+        """Everything that follows from position_ids.
+
+        The mask is explicit although opset 24's Attention could derive it from nonpad_kv_seqlen: TensorRT-RTX 1.7
+        drops that input without an error ("Unused Input" in its log) and would compute wrong decode steps.
+        """
+        b = self.builder
+        positions = self.inputs["position_ids"]
+        cos, sin = rotary_tables(self.config, self.cache_rows)
+        before = np.arange(-1, self.cache_rows - 1).reshape(1, 1, 1, -1)  # row <= position is position > row - 1
+        return Step(
+            position_ids=positions,
+            write_row=b.op("Gather", positions, b.const(0, "int64"), axis=1),
+            cos=b.const(cos, NUMPY_DTYPE[self.precision], name="rotary.cos"),
+            sin=b.const(sin, NUMPY_DTYPE[self.precision], name="rotary.sin"),
+            mask=b.op("Greater", b.op("Unsqueeze", positions, b.const([1, 3], "int64")), b.const(before, "int64")),
+        )
+
+    def layer(self, i: int, hidden: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """One decoder layer: hidden [B, S, D], and the layer's present keys and values."""
+        b, name = self.builder, f"model.layers.{i}"
+        attended, cache = self.attention(i, self.norm(hidden, f"{name}.input_layernorm"), step)
+        hidden = b.op("Add", hidden, attended)
+        x = self.norm(hidden, f"{name}.post_attention_layernorm")
+        gate = self.linear(x, f"{name}.mlp.gate_proj")
+        gate = b.op("Mul", gate, b.op("Sigmoid", gate))
+        gated = b.op("Mul", gate, self.linear(x, f"{name}.mlp.up_proj"))
+        return b.op("Add", hidden, self.linear(gated, f"{name}.mlp.down_proj")), cache
+
+    def attention(self, i: int, x: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """Attention of x [B, S, D] over the updated cache [B, Hkv, C, d]."""
+        b, config, name = self.builder, self.config, f"model.layers.{i}.self_attn"
+        q = self.rotate(self.heads(x, f"{name}.q_proj", config.num_attention_heads), step)
+        k = self.rotate(self.heads(x, f"{name}.k_proj", config.num_key_value_heads), step)
+        v = self.heads(x, f"{name}.v_proj", config.num_key_value_heads)
+        past = [self.inputs[n] for n in past_names(i)]
+        keys, values = (b.op("TensorScatter", p, new, step.write_row) for p, new in zip(past, (k, v), strict=True))
+        # Without an explicit scale TensorRT computes it from shapes: ten more network layers each time.
+        y = b.op("Attention", q, keys, values, step.mask, scale=config.head_size**-0.5)  # [B, H, S, d]
+        y = b.op("Transpose", y, perm=[0, 2, 1, 3])
+        y = b.op("Reshape", y, b.const([0, 0, config.hidden_size], "int64"))
+        return self.linear(y, f"{name}.o_proj"), (keys, values)
+
+    def heads(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """Project x [B, S, D] and split heads: [B, heads, S, d]."""
+        b = self.builder
+        y = b.op("Reshape", self.linear(x, name), b.const([0, 0, heads, self.config.head_size], "int64"))
+        return b.op("Transpose", y, perm=[0, 2, 1, 3])
+
+    def rotate(self, x: ir.Value, step: Step) -> ir.Value:
+        """Rotary embedding, rotate-half, of [B, H, S, d]."""
+        return self.builder.op("RotaryEmbedding", x, step.cos, step.sin, step.position_ids)
+
+    def logits(self, hidden: ir.Value) -> ir.Value:
+        """Float32 logits [B, V] of each sequence's last token; the other rows never reach the head."""
+        b = self.builder
+        index = b.op("Unsqueeze", self.inputs["last_token"], b.const([1], "int64"))
+        last = b.op("GatherND", hidden, index, batch_dims=1)  # [B, D]
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        logits = b.op("Gemm", self.norm(last, "model.norm"), self.weight(head), transB=1)
+        return logits if self.precision == "fp32" else b.op("Cast", logits, to=ir.DataType.FLOAT)
+
+    def linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self.builder.linear(x, self.weights, PREFIX + name, self.precision, bias=False)
+
+    def norm(self, x: ir.Value, name: str) -> ir.Value:
+        """RMS norm; stash_type's default computes it in float32."""
+        return self.builder.op("RMSNormalization", x, self.weight(name), epsilon=self.config.rms_norm_eps)
+
+    def weight(self, name: str) -> ir.Value:
+        return self.builder.weight(self.weights, f"{PREFIX}{name}.weight", self.precision)
+
+
+def rotary_tables(config: TextConfig, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [rows, d/2] of rotary angles, float32."""
+    exponent = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    frequencies = np.float32(1.0) / np.float32(config.rope_theta) ** exponent
+    angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles), np.sin(angles)

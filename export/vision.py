@@ -1,0 +1,139 @@
+"""The `vision` graph: pixel_values -> image_embeds, kept. CLIP tower, FlowCut and projector, written by hand.
+
+Shapes are constant but for the number of images: TopK with constant k, a second TopK for spatial order, one gather per
+pruning point. No NonZero, no Slice, no shape arithmetic around gathers, no host synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from export.builder import GraphBuilder
+from export.flow_score import flow_score_function
+from export.pruning import PruningSteps
+from flowcut.checkpoint import Weights
+from flowcut.config import NUMPY_DTYPE
+from flowcut.contract import GraphContract, TensorSpec
+from flowcut.errors import ConfigError
+from flowcut.schedule import Schedule
+
+TOWER = "vision_tower.vision_model."
+
+
+def vision_model(
+    weights: Weights,
+    contract: GraphContract,
+    schedule: Schedule,
+    precision: str,
+    metadata: Mapping[str, str],
+    trace: bool = False,
+) -> ir.Model:
+    """Build the graph; weights are read when it is saved.
+
+    Args:
+        contract: flowcut.contract.vision_contract for the same tokens and precision.
+        trace: add the outputs `features` [images, T, hidden] float32, `counts` [images, L+1] int64 and per pruning
+            point `kept.<layer>` [images, C] int64, for looking at what the pruner did.
+
+    Raises:
+        ConfigError: the schedule is adaptive, whose lengths depend on the data.
+    """
+    if schedule.kind == "adaptive":
+        raise ConfigError(
+            "schedule must be static, masked or a .json file to export, got 'adaptive': its lengths vary."
+        )
+    b = GraphBuilder(contract.name)
+    tower = _Tower(b, weights, precision)
+    pixels = b.input(contract.inputs[0])
+    hidden = tower.embed(pixels)
+    steps = PruningSteps(b, schedule, weights.config.vision, pixels)
+    scale = weights.config.vision.head_size**-0.5  # spelled out: the default costs TensorRT ten layers a node
+    for i in range(weights.config.vision.num_hidden_layers - 1):
+        with b.scope(f"layers.{i}"):
+            q, k, v = tower.heads(i, hidden)
+            attended = b.op("Attention", q, k, v, *steps.attention_mask(), scale=scale)
+            hidden = steps.after_layer(i, q, k, v, tower.finish_layer(i, hidden, attended))
+    features = b.op("Gather", hidden, b.const(np.arange(1, schedule.tokens + 1), "int64"), axis=1)  # CLS has served
+    outputs = {"image_embeds": tower.project(features), "kept": steps.kept()}
+    if trace:
+        outputs |= {"features": b.op("Cast", features, to=ir.DataType.FLOAT), **steps.trace()}
+        contract = replace(contract, outputs=(*contract.outputs, *_trace_specs(weights, schedule, steps)))
+    functions = [] if schedule.kind == "off" else [flow_score_function(masked=schedule.kind == "masked")]
+    return b.model(contract, outputs, metadata, functions)
+
+
+def _trace_specs(weights: Weights, schedule: Schedule, steps: PruningSteps) -> list[TensorSpec]:
+    vision = weights.config.vision
+    return [
+        TensorSpec("features", "float32", ("images", schedule.tokens, vision.hidden_size)),
+        TensorSpec("counts", "int64", ("images", vision.num_hidden_layers + 1)),
+        *(TensorSpec(f"kept.{layer}", "int64", ("images", size)) for layer, size in steps.kept_sizes()),
+    ]
+
+
+class _Tower:
+    """CLIP's layers and LLaVA's projector as nodes; method by method what flowcut/vision.py does in torch."""
+
+    def __init__(self, b: GraphBuilder, weights: Weights, precision: str) -> None:
+        self._b, self._weights, self._precision = b, weights, precision
+        self._config = weights.config.vision
+
+    def embed(self, pixel_values: ir.Value) -> ir.Value:
+        """[images, 3, S, S] -> [images, N+1, hidden]."""
+        b, c = self._b, self._config
+        with b.scope("embeddings"):
+            kernel = self._weight(TOWER + "embeddings.patch_embedding.weight")
+            x = b.op("Conv", pixel_values, kernel, strides=[c.patch_size] * 2, kernel_shape=[c.patch_size] * 2)
+            x = b.op("Transpose", b.op("Reshape", x, b.const([0, c.hidden_size, c.patches], "int64")), perm=[0, 2, 1])
+            # A zero row for CLS; its embedding is in row 0 of the positions, so no Expand over images is needed.
+            x = b.op("Pad", x, b.const([0, 1, 0, 0, 0, 0], "int64"))
+            positions = b.computed_weight(
+                TOWER + "embeddings.position_embedding+class",
+                (c.patches + 1, c.hidden_size),
+                self._precision,
+                self._positions,
+            )
+            return self._layer_norm(b.op("Add", x, positions), TOWER + "pre_layrnorm")
+
+    def heads(self, i: int, hidden: ir.Value) -> list[ir.Value]:
+        """q, k, v of layer i as [images, H, N+1, d]."""
+        b, c, layer = self._b, self._config, f"{TOWER}encoder.layers.{i}."
+        x = self._layer_norm(hidden, layer + "layer_norm1")
+        split = b.const([0, -1, c.num_attention_heads, c.head_size], "int64")
+        rows = (self._linear(x, f"{layer}self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj"))
+        return [b.op("Transpose", b.op("Reshape", x, split), perm=[0, 2, 1, 3]) for x in rows]
+
+    def finish_layer(self, i: int, hidden: ir.Value, attended: ir.Value) -> ir.Value:
+        """Output projection and MLP with their residuals: [images, N+1, hidden]."""
+        b, layer = self._b, f"{TOWER}encoder.layers.{i}."
+        x = b.op("Transpose", attended, perm=[0, 2, 1, 3])
+        x = b.op("Reshape", x, b.const([0, -1, self._config.hidden_size], "int64"))
+        hidden = b.op("Add", hidden, self._linear(x, layer + "self_attn.out_proj"))
+        x = self._linear(self._layer_norm(hidden, layer + "layer_norm2"), layer + "mlp.fc1")
+        x = b.op("Mul", x, b.op("Sigmoid", b.op("Mul", x, b.const(1.702, NUMPY_DTYPE[self._precision]))))  # quick_gelu
+        return b.op("Add", hidden, self._linear(x, layer + "mlp.fc2"))
+
+    def project(self, features: ir.Value) -> ir.Value:
+        """[images, T, hidden] -> [images, T, text hidden]."""
+        with self._b.scope("projector"):
+            x = self._linear(features, "multi_modal_projector.linear_1")
+            return self._linear(self._b.op("Gelu", x), "multi_modal_projector.linear_2")
+
+    def _positions(self) -> np.ndarray:
+        positions = self._weights.load(TOWER + "embeddings.position_embedding.weight").astype(np.float32)
+        positions[0] += self._weights.load(TOWER + "embeddings.class_embedding").astype(np.float32)
+        return positions
+
+    def _linear(self, x: ir.Value, name: str) -> ir.Value:
+        return self._b.linear(x, self._weights, name, self._precision)
+
+    def _layer_norm(self, x: ir.Value, name: str) -> ir.Value:
+        gain, bias = self._weight(name + ".weight"), self._weight(name + ".bias")
+        return self._b.op("LayerNormalization", x, gain, bias, axis=-1, epsilon=self._config.layer_norm_eps)
+
+    def _weight(self, name: str) -> ir.Value:
+        return self._b.weight(self._weights, name, self._precision)
