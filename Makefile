@@ -1,0 +1,112 @@
+# Everything happens in .venv, which is made when it is first needed. `make` prints what there is.
+
+PYTHON         = python3
+MODEL          = llava-tiny
+WEIGHTS        = auto
+TOKENS         =
+SCHEDULE       = static
+PRECISION      = fp16
+BACKEND        = auto
+DECODER_LAYERS =
+IMAGE          =
+QUESTION       =
+ARGS           =
+
+define HELP
+make engine      export and compile MODEL into build/, ask it one question about one picture
+make setup       install everything for development into .venv
+make test        lint, then the tests that take seconds (no GPU, no network)
+make test-long   the tests that take minutes
+make test-gpu    the tests that need a CUDA device; elsewhere each is skipped with the reason
+make lint        ruff, mypy, import-linter
+make format      let ruff rewrite the code
+make clean       remove build/ and caches; make distclean: .venv too
+
+Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
+  MODEL=$(MODEL)      a directory in the Hugging Face llava format, or llava-1.5-7b, llava-1.5-13b, llava-tiny
+  WEIGHTS=$(WEIGHTS)          auto, or random: seeded weights at MODEL's true geometry, nothing is downloaded
+  TOKENS=              visual tokens kept per picture; empty: 11.1% of the patches (64 of LLaVA-1.5's 576)
+  SCHEDULE=$(SCHEDULE)      static, masked, or a schedule in a FILE.json
+  PRECISION=$(PRECISION)       fp16; fp32 with BACKEND=ort
+  BACKEND=$(BACKEND)         rtx (TensorRT-RTX), trt (TensorRT), ort (ONNX Runtime); auto: trt where it is installed and
+                       a GPU is present, else rtx
+  DECODER_LAYERS=      build only the first so many decoder layers; empty: all
+  IMAGE=               the picture to ask about; empty: a bundled one
+  QUESTION=            the question; empty: a bundled one
+  ARGS=                anything else for `flowcut engine` (see .venv/bin/flowcut engine --help)
+And for every target:
+  PYTHON=$(PYTHON)       the Python that makes .venv; 3.11 or newer
+endef
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+# What each backend installs. TensorRT's own library is on NVIDIA's index only, hence not a default.
+EXTRAS_ort  := export,cpu
+EXTRAS_rtx  := export,cpu,rtx
+EXTRAS_trt  := export,cpu,trt
+EXTRAS_auto := $(EXTRAS_rtx)
+comma       := ,
+stamp        = $(VENV)/.installed-$(subst $(comma),-,$(1))
+ENGINE      := $(call stamp,$(or $(EXTRAS_$(BACKEND)),$(EXTRAS_ort)))
+DEV         := $(call stamp,dev)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help engine setup test test-long test-gpu lint format clean distclean
+
+help:
+	@: $(info $(HELP))
+
+# Through the environment, so that a question may hold quotes and spaces.
+engine: export MODEL := $(MODEL)
+engine: export IMAGE := $(IMAGE)
+engine: export QUESTION := $(QUESTION)
+engine: $(ENGINE)
+	@$(BIN)/flowcut engine "$$MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) --schedule $(SCHEDULE) \
+	  --precision $(PRECISION) --backend $(BACKEND) $(addprefix --decoder-layers ,$(DECODER_LAYERS)) \
+	  --out-root build --ask $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"} $(ARGS)
+
+setup: $(DEV)
+
+test: lint
+	$(PYTEST) -m "not long and not gpu" --cov
+
+test-long: $(DEV)
+	$(PYTEST) -m "long and not gpu"
+
+test-gpu: $(DEV)
+	$(PYTEST) -m gpu -rs
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "PYTHON must be Python 3.11 or newer, got $(PYTHON) ($$($(PYTHON) --version 2>/dev/null || echo absent))." \
+	    "Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) must be able to make $(VENV), got the error above. Debian and Ubuntu: apt install python3-venv" \
+	    >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
+	@echo "Installing .[$(subst -,$(comma),$*)] into $(VENV). The first time this takes minutes, in silence."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(subst -,$(comma),$*)]'
+	@touch $@
+
+clean:
+	rm -rf build .coverage .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find flowcut export engines calib tests -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info

@@ -1,0 +1,239 @@
+"""The engine directory: its manifest, the hashes of its files, and what may be replaced by a new build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import flowcut
+from flowcut.atomic import check_space as check_space
+from flowcut.atomic import replacing
+from flowcut.config import LlavaConfig, Precision
+from flowcut.contract import Limits
+from flowcut.errors import ConfigError, EngineError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+_DISTRIBUTIONS = (
+    *("numpy", "tokenizers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt-rtx-cu13", "tensorrt-cu13", "torch"),
+)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of an engine directory."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError(f"sha256 must be 64 lower-case hex digits, got {self.sha256!r}.")
+        if self.bytes < 0:
+            raise ConfigError(f"bytes must be 0 or more, got {self.bytes}.")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine directory is, what it was made from, and every file in it but manifest.json itself.
+
+    source_sha256 identifies the checkpoint (empty for random weights); note is for people; schedule is the pruning
+    schedule as data; compute_capabilities are what the engines were compiled for ("8.0"), none for `ort`; created is
+    UTC in ISO 8601; files maps a path relative to the directory, with `/`, to its record.
+    """
+
+    model: str
+    weights: Literal["checkpoint", "random"]
+    note: str
+    source_sha256: str
+    geometry: LlavaConfig
+    tokens: int
+    schedule: Mapping[str, Any]
+    precision: Precision
+    backend: Literal["rtx", "trt", "ort"]
+    limits: Limits
+    versions: Mapping[str, str]
+    compute_capabilities: tuple[str, ...]
+    created: str
+    build_seconds: Mapping[str, float]
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ConfigError(f"schema must be {SCHEMA}, got {self.schema}.")
+        if not 1 <= self.tokens <= self.geometry.vision.patches:
+            raise ConfigError(f"tokens must be in 1..{self.geometry.vision.patches}, got {self.tokens}.")
+        if self.backend == "ort" and self.compute_capabilities:
+            raise ConfigError(f"compute_capabilities must be empty for ort, got {list(self.compute_capabilities)}.")
+
+    def to_json(self) -> str:
+        """The one canonical text of this manifest: keys sorted, two spaces, newline at the end."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """The inverse of `to_json`.
+
+        Raises:
+            EngineError: not JSON, another schema version, or keys and values that do not fit (all keys are named).
+        """
+        data = _load(text)
+        if "schema" in data and data["schema"] != SCHEMA:
+            raise EngineError(
+                f"schema must be {SCHEMA}, got {data['schema']!r}: the directory was built by another version of "
+                "flowcut-trt. Build it again with this one."
+            )
+        try:
+            manifest: Manifest = _decode(Manifest, data, "")
+        except ConfigError as error:
+            raise EngineError(str(error)) from None
+        return manifest
+
+
+def timestamp() -> str:
+    """Now, for `Manifest.created`."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, this project and whatever of its engine libraries is installed."""
+    found = {"python": platform.python_version(), "flowcut-trt": flowcut.__version__}
+    for name in _DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an engine directory.
+
+    Raises:
+        EngineError: no such directory, no manifest in it, or one that this version cannot use.
+    """
+    if not directory.is_dir():
+        raise EngineError(f"{directory} must be an engine directory, got none. `flowcut engine MODEL` builds one.")
+    path = directory / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(
+            f"{directory} must be an engine directory, got one without {MANIFEST}. `flowcut engine MODEL` builds one."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} must be readable UTF-8 text, got: {error}. Build it again.") from None
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest` with a record of every file now in `directory`, and return it."""
+    records = {name: _record(directory / name) for name in _names(directory)}
+    complete = replace(manifest, files=records)
+    (directory / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+    return complete
+
+
+def check_files(directory: Path, manifest: Manifest) -> list[str]:
+    """How the files of `directory` differ from `manifest`, one line each; empty where all is well."""
+    present, listed = set(_names(directory)), set(manifest.files)
+    lines = [f"{name}: missing" for name in listed - present]
+    lines += [f"{name}: not in the manifest" for name in present - listed]
+    for name in present & listed:
+        expected, path = manifest.files[name], directory / name
+        if (size := path.stat().st_size) != expected.bytes:
+            lines.append(f"{name}: expected {expected.bytes} bytes, got {size}")
+        elif (got := _record(path).sha256) != expected.sha256:
+            lines.append(f"{name}: expected sha256 {expected.sha256}, got {got}")
+    return sorted(lines)
+
+
+def publish(target: Path) -> AbstractContextManager[Path]:
+    """Yield an empty directory that replaces `target` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        EngineError: `target` holds files that no build wrote, or the disk refuses (space, permission, ...).
+    """
+    return replacing(target, check_replaceable)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise EngineError unless `target` is absent, empty, or holds exactly what a build wrote."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    remedy = "Remove it or build into another directory."
+    if not target.is_dir():
+        raise EngineError(f"{target} must be a directory, got a file. {remedy}")
+    try:
+        data = _load((target / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, EngineError):
+        data = {}
+    if not {"schema", "files"} <= data.keys() or not isinstance(data["files"], dict):
+        raise EngineError(f"{target} must be empty or an engine directory, got neither. {remedy}")
+    if foreign := sorted(set(_names(target)) - data["files"].keys()):
+        raise EngineError(f"{target} must hold only what a build wrote, got also {', '.join(foreign)}. {remedy}")
+
+
+def _names(directory: Path) -> list[str]:
+    """Everything in `directory` that is not a folder, except the manifest, as relative paths with `/`."""
+    paths = (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for p in paths if (name := p.relative_to(directory).as_posix()) != MANIFEST)
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileRecord(digest.hexdigest(), file.tell())
+
+
+def _load(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"content must be JSON, got: {error}. Build it again.") from None
+    if not isinstance(data, dict):
+        raise EngineError(f"content must be a JSON object, got {type(data).__name__}. Build it again.")
+    return data
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as json.loads gave it, as `kind`: a dataclass, Literal, tuple, Mapping, or a plain type."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any or (origin is Literal and value in args):
+        return value
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _decode_fields(kind, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {k: _decode(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise EngineError(f"{where} must be {_kind_name(kind)}, got {value!r}. Build it again.")
+
+
+def _decode_fields(cls: Any, data: dict[str, Any], where: str) -> Any:
+    hints, names = get_type_hints(cls), {f.name for f in fields(cls)}
+    dot = f"{where}." if where else ""
+    for problem, keys in (("missing", names - data.keys()), ("unknown", data.keys() - names)):
+        if keys:
+            raise EngineError(f"{problem} keys: {', '.join(dot + k for k in sorted(keys))}. Build it again.")
+    return cls(**{name: _decode(hints[name], data[name], dot + name) for name in names})
+
+
+def _kind_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    return kind.__name__ if isinstance(kind, type) else str(kind)

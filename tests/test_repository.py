@@ -1,0 +1,144 @@
+"""The repository keeps the shape that CONTRIBUTING.md describes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("flowcut", "export", "engines", "calib")
+FOLDERS = {*PACKAGES, "tests", "docs", ".ci"}
+FILES = {
+    *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
+}
+# Modules that are torch code and may import it at the top.
+TORCH_CODE = {"flowcut.language", "flowcut.loading", "flowcut.pruner", "flowcut.scoring", "flowcut.vision"}
+OPTIONAL = (
+    *("torch", "transformers", "triton", "safetensors", "ml_dtypes", "huggingface_hub"),
+    *("onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy"),
+)
+IMPORT_ALL = """
+import importlib, json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+BLOCKED, modules = json.loads(sys.argv[1])
+sys.meta_path.insert(0, Blocker())
+failures = {}
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        failures[module] = str(error)
+print(json.dumps(failures))
+"""
+
+
+def modules() -> list[str]:
+    """Every module of the four packages, by its dotted name."""
+    paths = (p.relative_to(ROOT).with_suffix("") for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+    return sorted(".".join(p.parts).removesuffix(".__init__") for p in paths)
+
+
+def import_failures(blocked: tuple[str, ...], names: list[str]) -> dict[str, str]:
+    """Messages of the modules that cannot be imported, in a fresh process without `blocked`."""
+    command = [sys.executable, "-c", IMPORT_ALL, json.dumps([blocked, names])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    failures: dict[str, str] = json.loads(done.stdout)  # fails too if an import prints
+    return failures
+
+
+def test_importing_needs_only_the_base_dependencies() -> None:
+    names = [name for name in modules() if name not in TORCH_CODE]
+    assert len(names) > 10
+    assert import_failures(OPTIONAL, names) == {}
+
+
+def test_torch_code_needs_torch_and_nothing_else_optional() -> None:
+    assert set(modules()) >= TORCH_CODE
+    assert import_failures(OPTIONAL, sorted(TORCH_CODE)).keys() == TORCH_CODE, (
+        "no longer torch code: take it off the list"
+    )
+    assert import_failures(tuple(set(OPTIONAL) - {"torch", "triton"}), sorted(TORCH_CODE)) == {}
+
+
+def test_no_module_is_named_after_a_library() -> None:
+    assert not {name.rpartition(".")[2] for name in modules()} & set(OPTIONAL)
+
+
+def tracked_files() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(line) for line in listing.splitlines()]
+
+
+def test_top_level_is_the_stages_and_nothing_else() -> None:
+    files = tracked_files()
+    assert {f.parts[0] for f in files if len(f.parts) > 1} <= FOLDERS
+    assert {f.name for f in files if len(f.parts) == 1} <= FILES
+    assert all((ROOT / name).exists() for name in (*FOLDERS, *FILES))
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "tests"])
+def test_no_file_is_longer_than_one_can_hold_in_mind(folder: str) -> None:
+    lengths = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert [f"{p.relative_to(ROOT)}: {n} lines" for p, n in lengths.items() if n >= 400] == []
+
+
+def test_every_package_is_shipped() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {p.parent for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
+    packages = sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    assert sorted(project["tool"]["setuptools"]["packages"]) == packages
+    assert all((folder / "__init__.py").exists() for folder in folders)
+
+
+def test_the_runtime_alone_does_not_pull_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for needs in (project["dependencies"], *(extras[name] for name in ("export", "cpu", "gpu", "rtx", "trt"))):
+        assert not [need for need in needs if re.match(r"torch|transformers|flowcut-trt", need)]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_help_documents_every_variable_and_target() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    printed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    variables = re.findall(r"^([A-Z_]+) +=", text, re.MULTILINE)
+    targets = re.search(r"^\.PHONY: help (.*)$", text, re.MULTILINE)
+    assert targets is not None
+    assert len(variables) == 11
+    assert [v for v in variables if f"\n  {v}=" not in printed] == []
+    assert [t for t in targets[1].split() if f"make {t}" not in printed] == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_engine_passes_every_variable_on() -> None:
+    settings = ["MODEL=m", "WEIGHTS=random", "TOKENS=9", "SCHEDULE=s.json", "PRECISION=fp32", "BACKEND=ort"]
+    command = ["make", "-n", "engine", *settings, "DECODER_LAYERS=3", "ARGS=--force", "IMAGE=a b", "QUESTION=what's"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = " ".join(printed.partition("flowcut engine")[2].replace("\\\n", " ").split())
+    assert recipe == (
+        '"$MODEL" --weights random --tokens 9 --schedule s.json --precision fp32 --backend ort --decoder-layers 3 '
+        '--out-root build --ask ${IMAGE:+--image "$IMAGE"} ${QUESTION:+--question "$QUESTION"} --force'
+    )
+
+
+def test_ci_runs_the_documented_commands() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert script.read_text(encoding="utf-8").splitlines()[-2:] == ["make test", "make test-long"]
