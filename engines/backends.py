@@ -1,0 +1,60 @@
+"""Which engine library runs or builds: full TensorRT (trt), TensorRT-RTX (rtx) or ONNX Runtime (ort)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from types import ModuleType
+from typing import Literal, cast
+
+from flowcut.deps import require
+from flowcut.errors import EngineError
+
+Backend = Literal["rtx", "trt", "ort"]
+CHOICES = ("auto", "rtx", "trt", "ort")
+MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+
+
+def resolve_backend(name: str) -> Backend:
+    """`auto` is trt where that library loads and a GPU is present, else rtx, which compiles without one."""
+    if name not in CHOICES:
+        raise EngineError(f"backend must be one of {', '.join(CHOICES)}, got {name!r}.")
+    if name == "auto":
+        return "trt" if gpu_present() and _loads(MODULES["trt"]) else "rtx"
+    return cast(Backend, name)
+
+
+def trt_module(backend: str) -> ModuleType:
+    """The TensorRT module of a backend. `tensorrt_rtx` and `tensorrt` share the API that this package uses.
+
+    Raises:
+        FlowCutError: not installed, or installed without its shared libraries.
+    """
+    if backend not in MODULES:
+        raise EngineError(f"backend must be one of {', '.join(MODULES)} to use TensorRT, got {backend!r}.")
+    try:
+        return require(MODULES[backend], extra=backend)
+    except (ImportError, OSError) as error:
+        # The bindings wheel of full TensorRT installs from PyPI without the libraries it links to.
+        raise EngineError(
+            f"{MODULES[backend]} is installed but does not load: {error}. "
+            "Install its libraries from NVIDIA's package index, or use BACKEND=rtx or BACKEND=ort."
+        ) from None
+
+
+def gpu_present() -> bool:
+    """Whether the NVIDIA driver answers and counts at least one device. Needs neither torch nor the CUDA toolkit."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+def _loads(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -1,0 +1,268 @@
+"""ONNX file -> engine file with TensorRT-RTX, on small graphs made here; no GPU."""
+
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from rich.progress import Progress
+
+from engines.backends import gpu_present
+from engines.build import build_engine, check_precision
+from flowcut.contract import GraphContract, Range, TensorSpec
+from flowcut.deps import available
+from flowcut.errors import EngineError
+
+needs_rtx = pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
+
+RANGES = {"batch": Range(1, 1, 2), "sequence": Range(1, 8, 16)}
+ONNX_TYPE = {name: helper.np_dtype_to_tensor_dtype(np.dtype(name)) for name in ("float16", "float32", "int64", "bool")}
+
+
+def save(path: Path, contract: GraphContract, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray]) -> None:
+    """Write the graph, every weight in one external file of its own (none where there are no weights)."""
+
+    def values(specs: tuple[TensorSpec, ...]) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(s.name, ONNX_TYPE[s.dtype], s.dims) for s in specs]
+
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, contract.name, values(contract.inputs), values(contract.outputs), initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    onnx.save_model(model, path, save_as_external_data=bool(weights), location=f"{path.name}.data", size_threshold=0)
+
+
+def dense_graph(path: Path, width: int = 64, layers: int = 2) -> GraphContract:
+    """Matrix products with softmax between them, then the four largest values."""
+    rng = np.random.default_rng(0)
+    weights = {f"w{i}": rng.standard_normal((width, width)).astype(np.float16) for i in range(layers)}
+    nodes, x = [], "x"
+    for i, weight in enumerate(weights):
+        nodes.append(helper.make_node("MatMul", [x, weight], [f"h{i}"], name=f"matmul{i}"))
+        nodes.append(helper.make_node("Softmax", [f"h{i}"], [f"s{i}"]))
+        x = f"s{i}"
+    nodes.append(helper.make_node("TopK", [x, "k"], ["values", "kept"]))
+    outputs = (
+        TensorSpec("values", "float16", ("batch", "sequence", 4)),
+        TensorSpec("kept", "int64", ("batch", "sequence", 4)),
+    )
+    contract = GraphContract("dense", (TensorSpec("x", "float16", ("batch", "sequence", width)),), outputs, RANGES)
+    save(path, contract, nodes, weights | {"k": np.array([4], np.int64)})
+    return contract
+
+
+def cache_graph(path: Path, dtype: str = "float16", mask: bool = True) -> GraphContract:
+    """Attention over a cache written in place; valid rows by a boolean mask or by nonpad_kv_seqlen."""
+    rows, heads, size = 32, 2, 64
+    step, cache = ("batch", heads, "sequence", size), ("batch", heads, rows, size)
+    valid = TensorSpec("mask", "bool", ("batch", 1, "sequence", rows)) if mask else TensorSpec("n", "int64", ("batch",))
+    inputs = (
+        *(TensorSpec(n, dtype, step) for n in ("q", "k", "v")),
+        *(TensorSpec(n, dtype, cache) for n in ("past.key", "past.value")),
+        TensorSpec("at", "int64", ("batch",)),
+        valid,
+    )
+    outputs = (TensorSpec("y", dtype, step), *(TensorSpec(n, dtype, cache) for n in ("present.key", "present.value")))
+    contract = GraphContract("language", inputs, outputs, RANGES)
+    operands = ["q", "present.key", "present.value", *(["mask"] if mask else ["", "", "", "n"])]
+    nodes = [
+        helper.make_node("TensorScatter", ["past.key", "k", "at"], ["present.key"], axis=2),
+        helper.make_node("TensorScatter", ["past.value", "v", "at"], ["present.value"], axis=2),
+        helper.make_node("Attention", operands, ["y"], name="attention"),
+    ]
+    save(path, contract, nodes, {})
+    return contract
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    return tmp_path / "graph.onnx", tmp_path / "graph.engine"
+
+
+@needs_rtx
+def test_weights_by_pointer_give_the_engine_that_the_parsers_own_loader_gives(paths: tuple[Path, Path]) -> None:
+    contract = dense_graph(paths[0])
+    report = build_engine(*paths, contract, "rtx")
+    code = """
+import sys, tensorrt_rtx as trt
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger); network = builder.create_network(); parser = trt.OnnxParser(network, logger)
+assert parser.parse_from_file(sys.argv[1])
+config = builder.create_builder_config(); profile = builder.create_optimization_profile()
+config.clear_flag(trt.BuilderFlag.TF32)
+profile.set_shape("x", (1, 1, 64), (1, 8, 64), (2, 16, 64)); config.add_optimization_profile(profile)
+open(sys.argv[2], "wb").write(builder.build_serialized_network(network, config))
+"""
+    reference = paths[1].with_name("reference.engine")
+    subprocess.run([sys.executable, "-c", code, paths[0], reference], check=True)
+    assert paths[1].read_bytes() == reference.read_bytes()
+    assert report.engine_bytes == paths[1].stat().st_size
+    assert report.weight_bytes == 2 * 64 * 64 * 2 + 8
+    assert report.layers >= 5
+    assert report.peak_rss_bytes > report.engine_bytes
+    assert report.warnings == ()
+
+
+@needs_rtx
+def test_attention_over_a_cache_compiles_for_named_gpus(paths: tuple[Path, Path]) -> None:
+    report = build_engine(*paths, cache_graph(paths[0]), "rtx", ["sm86", "SM120"])
+    assert paths[1].stat().st_size == report.engine_bytes > 0
+
+
+@needs_rtx
+def test_float32_attention_over_a_cache_fails_in_tensorrts_words(paths: tuple[Path, Path]) -> None:
+    with pytest.raises(EngineError, match=r"graph\.onnx could not be built by TensorRT: .*dedicated kernel"):
+        build_engine(*paths, cache_graph(paths[0], "float32"), "rtx", ["sm86"])
+    assert not paths[1].exists()
+
+
+@needs_rtx
+def test_an_input_that_the_importer_drops_fails_the_build(paths: tuple[Path, Path]) -> None:
+    with pytest.raises(EngineError, match="language: TensorRT ignores the graph's input n,"):
+        build_engine(*paths, cache_graph(paths[0], mask=False), "rtx")
+    assert not paths[1].exists()
+
+
+@needs_rtx
+def test_a_graph_of_another_contract_is_refused(paths: tuple[Path, Path]) -> None:
+    dense = dense_graph(paths[0])
+    other = GraphContract("dense", (TensorSpec("y", "float32", ("batch", 64)),), dense.outputs, RANGES)
+    with pytest.raises(EngineError, match="missing y; unexpected x"):
+        build_engine(*paths, other, "rtx")
+
+
+@needs_rtx
+def test_an_operator_that_tensorrt_lacks_is_named(paths: tuple[Path, Path]) -> None:
+    contract = GraphContract("g", (TensorSpec("x", "float16", (4,)),), (TensorSpec("y", "float16", (4,)),))
+    save(paths[0], contract, [helper.make_node("NoSuchOp", ["x"], ["y"], name="culprit")], {})
+    with pytest.raises(EngineError, match=r"graph\.onnx could not be parsed.*node culprit \(NoSuchOp\)"):
+        build_engine(*paths, contract, "rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("size", [100, 0, None], ids=["truncated", "empty", "missing"])
+def test_weights_that_are_not_there_are_refused(paths: tuple[Path, Path], size: int | None) -> None:
+    contract = dense_graph(paths[0])
+    data = paths[0].with_name("graph.onnx.data")
+    data.unlink() if size is None else data.write_bytes(data.read_bytes()[:size])
+    with pytest.raises(EngineError, match=r"graph\.onnx\.data must hold .* Export the graph again\."):
+        build_engine(*paths, contract, "rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("content", [b"not onnx", b"", None], ids=["text", "empty", "missing"])
+def test_a_file_that_is_not_onnx_is_refused(paths: tuple[Path, Path], content: bytes | None) -> None:
+    if content is not None:
+        paths[0].write_bytes(content)
+    with pytest.raises(EngineError, match=r"graph\.onnx (must be an ONNX file|could not be parsed)"):
+        build_engine(*paths, GraphContract("g", (), ()), "rtx")
+
+
+@needs_rtx
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_reported_and_the_file_removed(paths: tuple[Path, Path]) -> None:
+    paths[1].symlink_to("/dev/full")
+    with pytest.raises(EngineError, match=r"could not write .*graph\.engine: No space left on device\."):
+        build_engine(*paths, dense_graph(paths[0]), "rtx")
+    assert not paths[1].is_symlink()
+
+
+@needs_rtx
+def test_an_engine_path_that_cannot_be_opened_is_reported(paths: tuple[Path, Path]) -> None:
+    contract = dense_graph(paths[0])
+    with pytest.raises(EngineError, match=r"could not write .*: No such file or directory\."):
+        build_engine(paths[0], paths[1].parent / "absent" / "graph.engine", contract, "rtx")
+
+
+@needs_rtx
+def test_an_unknown_gpu_is_refused_with_the_known_ones(paths: tuple[Path, Path]) -> None:
+    with pytest.raises(EngineError, match=r"compute_capabilities must be among sm75, .*sm120.*, got sm99\."):
+        build_engine(*paths, dense_graph(paths[0]), "rtx", ["sm86", "sm99"])
+
+
+@needs_rtx
+def test_phases_are_drawn_and_all_gone_at_the_end(paths: tuple[Path, Path]) -> None:
+    drawn: list[str] = []
+
+    class Recorder(Progress):
+        def add_task(self, description: str, **options: object) -> object:  # type: ignore[override]
+            drawn.append(description)
+            return super().add_task(description, **options)  # type: ignore[arg-type]
+
+    progress = Recorder()
+    build_engine(*paths, dense_graph(paths[0]), "rtx", progress=progress)
+    assert drawn[0].startswith("dense: ")
+    assert drawn[1].startswith("  ")
+    assert progress.tasks == []
+
+
+@needs_rtx
+def test_without_a_progress_every_phase_is_logged_once(
+    paths: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    build_engine(*paths, dense_graph(paths[0]), "rtx")
+    lines = [r.message for r in caplog.records if r.name == "flowcut.engines"]
+    assert len(lines) > 3
+    assert len(lines) == len(set(lines))
+    assert not [r for r in caplog.records if "Int64 binding" in r.message]
+
+
+@needs_rtx
+def test_interrupt_stops_the_build_at_once_and_leaves_nothing(paths: tuple[Path, Path]) -> None:
+    contract = dense_graph(paths[0], layers=40)
+    code = f"""
+import logging, sys
+from pathlib import Path
+from engines.build import build_engine
+from flowcut.contract import GraphContract, Range, TensorSpec
+logging.basicConfig(level=logging.INFO)
+build_engine(Path(sys.argv[1]), Path(sys.argv[2]), {contract!r}, "rtx")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *paths], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert process.stderr is not None
+    assert any("Building engine" in line for line in process.stderr)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(timeout=20) != 0
+    assert time.monotonic() - began < 3
+    assert rest.rstrip().endswith("KeyboardInterrupt")
+    assert not paths[1].exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [("echo boom; exit 3", "exit status 3: boom"), ("kill -9 $$", r"SIGKILL \(out of memory\?\)")],
+    ids=["exit", "killed"],
+)
+def test_a_compiler_that_dies_is_an_error(
+    paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    interpreter = paths[0].with_name("python")
+    interpreter.write_text(f"#!/bin/sh\n{script}\n", encoding="ascii")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    with pytest.raises(EngineError, match=says):
+        build_engine(*paths, GraphContract("g", (), ()), "rtx")
+
+
+@pytest.mark.skipif(gpu_present(), reason="needs a machine without a GPU")
+def test_full_tensorrt_without_a_gpu_names_the_other_backends(paths: tuple[Path, Path]) -> None:
+    with pytest.raises(EngineError, match=r"GPU.*BACKEND=rtx.*BACKEND=ort"):
+        build_engine(*paths, GraphContract("g", (), ()), "trt")
+
+
+def test_only_rtx_refuses_fp32() -> None:
+    with pytest.raises(EngineError, match=r"precision must be fp16 for backend rtx, got 'fp32'.*not decomposable"):
+        check_precision("rtx", "fp32")
+    check_precision("rtx", "fp16")
+    check_precision("trt", "fp32")
+    check_precision("ort", "fp32")
