@@ -55,10 +55,6 @@ class PruningSteps:
         """Original numbers of the patches that are left, [images, T]."""
         return self._numbers if self._numbers is not None else self._per_image(np.arange(self._patches))
 
-    def kept_sizes(self) -> list[tuple[int, int]]:
-        """Per pruning point its layer and the rows that remained."""
-        return [(layer, size) for layer, size, _ in self._kept]
-
     def trace(self) -> dict[str, ir.Value]:
         """`counts` [images, L+1] and `kept.<layer>` [images, C] as int64."""
         outputs = {}

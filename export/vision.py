@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -16,10 +17,10 @@ from export.builder import GraphBuilder
 from export.flow_score import flow_score_function
 from export.pruning import PruningSteps
 from flowcut.checkpoint import Weights
-from flowcut.config import NUMPY_DTYPE
+from flowcut.config import NUMPY_DTYPE, VisionConfig
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.errors import ConfigError
-from flowcut.schedule import Schedule
+from flowcut.schedule import Schedule, pruning_points
 
 TOWER = "vision_tower.vision_model."
 
@@ -61,18 +62,21 @@ def vision_model(
     outputs = {"image_embeds": tower.project(features), "kept": steps.kept()}
     if trace:
         outputs |= {"features": b.op("Cast", features, to=ir.DataType.FLOAT), **steps.trace()}
-        contract = replace(contract, outputs=(*contract.outputs, *_trace_specs(weights, schedule, steps)))
+        contract = traced_contract(contract, schedule, weights.config.vision)
     functions = [] if schedule.kind == "off" else [flow_score_function(masked=schedule.kind == "masked")]
     return b.model(contract, outputs, metadata, functions)
 
 
-def _trace_specs(weights: Weights, schedule: Schedule, steps: PruningSteps) -> list[TensorSpec]:
-    vision = weights.config.vision
-    return [
+def traced_contract(contract: GraphContract, schedule: Schedule, vision: VisionConfig) -> GraphContract:
+    """The contract of a graph built with `trace`."""
+    sizes = (schedule.patches, *schedule.counts)
+    points = zip(pruning_points(vision.num_hidden_layers), pairwise(sizes), strict=False)
+    specs = (
         TensorSpec("features", "float32", ("images", schedule.tokens, vision.hidden_size)),
         TensorSpec("counts", "int64", ("images", vision.num_hidden_layers + 1)),
-        *(TensorSpec(f"kept.{layer}", "int64", ("images", size)) for layer, size in steps.kept_sizes()),
-    ]
+        *(TensorSpec(f"kept.{i}", "int64", ("images", after)) for i, (n, after) in points if n > schedule.tokens),
+    )
+    return replace(contract, outputs=(*contract.outputs, *specs))
 
 
 class _Tower:

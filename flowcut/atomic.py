@@ -75,6 +75,26 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
             os.close(lock)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that `path` is the old one or the new one, complete.
+
+    Raises:
+        EngineError: the disk refuses, or the folder does not exist.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise EngineError(f"{path.parent} must be a directory to write {path.name} into, got none. Create it first.")
+    if path.is_dir():
+        raise EngineError(f"{path} must be a file to write, got a directory. Choose another name.")
+    partial = _sibling(path, "partial")
+    with _write_errors(path):
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def _swap(new: Path, target: Path) -> None:
     """Put `new` where `target` is; a replaced directory is left at `new`."""
     if not target.exists():

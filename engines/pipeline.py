@@ -1,0 +1,251 @@
+"""From a model to a published engine directory: resolve, export, compile, describe."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from engines.backends import Backend, resolve_backend, trt_module
+from engines.build import BuildReport, build_engine, check_precision
+from flowcut.aliases import Model, resolve
+from flowcut.artifacts import (
+    Manifest,
+    check_replaceable,
+    check_space,
+    installed_versions,
+    publish,
+    timestamp,
+    write_manifest,
+)
+from flowcut.checkpoint import expected_tensors
+from flowcut.config import Precision
+from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
+from flowcut.errors import CheckpointError, ConfigError
+from flowcut.preprocess import ImageSettings
+from flowcut.prompt import Tokenizer
+from flowcut.schedule import Schedule, default_tokens, make_schedule
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+LOG = logging.getLogger("flowcut.engines")
+TEXT_TOKENS = 192
+"""Room for a prompt's text where --max-prompt does not say otherwise."""
+CODE_BYTES = 100 << 20
+"""Disk for what an engine holds beside its weights."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What to build. None takes the default: 11.1% of the patches, room for 192 text tokens beside one picture.
+
+    Attributes:
+        tokens: patches kept per picture, an int or "all".
+        schedule: "static", "masked" or the name of a schedule .json file.
+        out: the directory to make; None: `out_root`/<model>-<tokens>-<precision>-<backend>.
+    """
+
+    model: str
+    random: bool = False
+    seed: int = 0
+    tokens: int | str | None = None
+    schedule: str = "static"
+    precision: Precision = "fp16"
+    backend: str = "auto"
+    decoder_layers: int | None = None
+    max_batch: int = 4
+    max_images: int = 4
+    max_prompt: int | None = None
+    max_new_tokens: int = 128
+    compute_capabilities: tuple[str, ...] = ()
+    out: Path | None = None
+    out_root: Path = Path("build")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A published directory and what making it took. `reports` is empty for backend ort."""
+
+    directory: Path
+    manifest: Manifest
+    reports: Mapping[str, BuildReport] = field(default_factory=dict)
+
+
+def build_directory(settings: BuildSettings, progress: Progress) -> Built:
+    """Export both graphs, compile them unless the backend is ort, and publish the directory, whole or not at all.
+
+    Raises:
+        ConfigError, CheckpointError: a setting or checkpoint that does not fit.
+        EngineError: the compiler, the disk or the target directory.
+    """
+    backend = resolve_backend(settings.backend)
+    check_precision(backend, settings.precision)
+    if backend != "ort":
+        trt_module(backend)  # a missing library should not be noticed after the export
+    model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
+    tokens = token_count(settings.tokens, model.config.vision.patches)
+    schedule = make_schedule(settings.schedule, model.config.vision, tokens)
+    limits = _limits(settings, model, tokens)
+    _read_tokenizer(model)
+    image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
+    target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
+    check_replaceable(target)
+    weight_bytes = _weight_bytes(model, settings.precision)
+    check_space(target, weight_bytes * (1 if backend == "ort" else 2) + CODE_BYTES)
+
+    seconds: dict[str, float] = {}
+    with publish(target) as directory:
+        contracts = export_graphs(model, schedule, settings.precision, limits, directory, seconds, progress)
+        reports = {}
+        if backend != "ort":
+            reports = _compile(directory, contracts, backend, settings.compute_capabilities, seconds, progress)
+        shutil.copyfile(model.files / "tokenizer.json", directory / "tokenizer.json")
+        _write_json(directory / "preprocessor.json", image_settings.to_dict())
+        with _timed(seconds, "hash"):
+            manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
+    return Built(target, manifest, reports)
+
+
+def token_count(tokens: int | str | None, patches: int) -> int:
+    """The number that --tokens means: default, all, or itself (make_schedule checks its range)."""
+    if tokens is None:
+        return default_tokens(patches)
+    return patches if tokens == "all" else int(tokens)
+
+
+def export_graphs(
+    model: Model,
+    schedule: Schedule,
+    precision: Precision,
+    limits: Limits,
+    directory: Path,
+    seconds: dict[str, float],
+    progress: Progress,
+) -> Sequence[GraphContract]:
+    """Write vision.onnx and language.onnx with their weights; returns their contracts."""
+    from export.language import language_model
+    from export.vision import vision_model
+
+    metadata = graph_metadata(model, schedule, precision)
+    vision = vision_contract(model.config, schedule.tokens, precision, limits)
+    language = language_contract(model.config, schedule.tokens, precision, limits)
+    with _timed(seconds, "export"):
+        tower = vision_model(model.weights, vision, schedule, precision, metadata)
+        save_graph(tower, directory / "vision.onnx", progress)
+        decoder = language_model(model.weights, language, precision, metadata)
+        save_graph(decoder, directory / "language.onnx", progress)
+    return vision, language
+
+
+def graph_metadata(model: Model, schedule: Schedule, precision: str) -> dict[str, str]:
+    """What each ONNX file says of itself."""
+    return {
+        "flowcut.model": model.name,
+        "flowcut.note": model.note,
+        "flowcut.source_sha256": model.weights.sha256,
+        "flowcut.tokens": str(schedule.tokens),
+        "flowcut.schedule": json.dumps(schedule.to_dict(), sort_keys=True),
+        "flowcut.precision": precision,
+    }
+
+
+def save_graph(graph: ir.Model, path: Path, progress: Progress) -> None:
+    """Write one graph, showing which tensor is being written."""
+    from export.builder import save
+
+    task = progress.add_task(f"{path.stem}: export", total=None)
+    save(graph, path, lambda _, index, total: progress.update(task, completed=index + 1, total=total))
+    progress.remove_task(task)
+
+
+def _compile(
+    directory: Path,
+    contracts: Sequence[GraphContract],
+    backend: Backend,
+    compute_capabilities: tuple[str, ...],
+    seconds: dict[str, float],
+    progress: Progress,
+) -> dict[str, BuildReport]:
+    reports = {}
+    for contract in contracts:
+        onnx_path, engine_path = (directory / f"{contract.name}.{suffix}" for suffix in ("onnx", "engine"))
+        with _timed(seconds, f"compile {contract.name}"):
+            report = build_engine(onnx_path, engine_path, contract, backend, compute_capabilities, progress)
+        reports[contract.name] = report
+    return reports
+
+
+def _limits(settings: BuildSettings, model: Model, tokens: int) -> Limits:
+    longest = model.config.text.max_position_embeddings
+    prompt = settings.max_prompt or min(tokens + TEXT_TOKENS, longest - settings.max_new_tokens)
+    if settings.max_prompt is not None and settings.max_prompt <= tokens:
+        raise ConfigError(f"max_prompt must be more than {tokens} (one picture's tokens), got {settings.max_prompt}.")
+    if prompt <= tokens or prompt + settings.max_new_tokens > longest:
+        raise ConfigError(
+            f"max_prompt + max_new_tokens must be in {tokens + 2}..{longest} (visual tokens, max_position_embeddings), "
+            f"got {prompt} + {settings.max_new_tokens}. Lower --tokens, --max-prompt or --max-new-tokens."
+        )
+    return Limits(settings.max_batch, settings.max_images, prompt, settings.max_new_tokens)
+
+
+def _read_tokenizer(model: Model) -> None:
+    """Fail before the export rather than at the first question."""
+    path = model.files / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist. A checkpoint directory holds tokenizer.json; "
+            "transformers' AutoTokenizer.from_pretrained(..).save_pretrained(..) writes one."
+        )
+    Tokenizer.from_file(path, model.config.image_token_id, model.config.text.vocab_size)
+
+
+def _weight_bytes(model: Model, precision: str) -> int:
+    elements = sum(prod(shape) for shape in expected_tensors(model.config).values())
+    return elements * (4 if precision == "fp32" else 2)
+
+
+def _manifest(
+    settings: BuildSettings,
+    model: Model,
+    schedule: Schedule,
+    limits: Limits,
+    backend: Backend,
+    seconds: dict[str, float],
+) -> Manifest:
+    return Manifest(
+        model=model.name,
+        weights="random" if model.weights.random else "checkpoint",
+        note=model.note,
+        source_sha256=model.weights.sha256,
+        geometry=model.config,
+        tokens=schedule.tokens,
+        schedule=schedule.to_dict(),
+        precision=settings.precision,
+        backend=backend,
+        limits=limits,
+        versions=installed_versions(),
+        compute_capabilities=settings.compute_capabilities,
+        created=timestamp(),
+        build_seconds={name: round(value, 2) for name, value in seconds.items()},
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,6 @@
+"""`python -m flowcut` is `flowcut`."""
+
+from flowcut.cli import main
+
+if __name__ == "__main__":
+    main()
