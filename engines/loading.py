@@ -1,0 +1,137 @@
+"""From an engine directory to open sessions: which backend, are the files what was built, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.backends import CHOICES, Backend, gpu_present, trt_module
+from engines.cuda_device import CudaDevice, cuda_core, no_gpu
+from engines.session import OrtSession, Session
+from engines.trt_session import TrtSession
+from flowcut.artifacts import Manifest, read_manifest
+from flowcut.contract import language_contract, vision_contract
+from flowcut.errors import ConfigError, EngineError, FlowCutError
+from flowcut.preprocess import ImageSettings
+from flowcut.prompt import Tokenizer
+
+LOG = logging.getLogger("flowcut.engines")
+TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor.json"
+GRAPHS = ("vision", "language")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of, ready to use."""
+
+    manifest: Manifest
+    backend: Backend
+    vision: Session
+    language: Session
+    tokenizer: Tokenizer
+    settings: ImageSettings
+
+
+def open_directory(directory: Path, backend: str, threads: int | None) -> Parts:
+    """Check a directory and open what is in it. See engines.runtime.load_engine."""
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads!r}.")
+    manifest = read_manifest(directory)
+    if manifest.precision == "bf16":
+        raise EngineError(
+            "precision must be fp16 or fp32 to be run, got 'bf16': numpy, through which tensors come and go, has no "
+            "such type. Build the directory again with PRECISION=fp16."
+        )
+    chosen = choose_backend(manifest, backend)
+    check_used_files(directory, manifest, chosen)
+    vision, language = _sessions(directory, manifest, chosen, threads)
+    geometry = manifest.geometry
+    tokenizer = Tokenizer.from_file(directory / TOKENIZER, geometry.image_token_id, geometry.text.vocab_size)
+    settings = ImageSettings.from_dict(json.loads((directory / PREPROCESSOR).read_text(encoding="utf-8")))
+    return Parts(manifest, chosen, vision, language, tokenizer, settings)
+
+
+def choose_backend(manifest: Manifest, name: str) -> Backend:
+    """The backend that `name` means for this directory on this machine.
+
+    Raises:
+        EngineError: unknown, not what the directory was built for, or in need of a GPU where there is none.
+    """
+    if name not in CHOICES:
+        raise EngineError(f"backend must be one of {', '.join(CHOICES)}, got {name!r}.")
+    own = manifest.backend
+    if name == "ort":
+        return "ort"
+    if name == "auto":
+        if own != "ort" and (reason := _why_not(own)):
+            LOG.info("backend %s cannot run here (%s); using ONNX Runtime.", own, reason)
+            return "ort"
+        return own
+    if name != own:
+        raise EngineError(
+            f"backend must be one of {', '.join(dict.fromkeys(('auto', own, 'ort')))} for this directory, which was "
+            f"built for {own}, got {name!r}. Build another with BACKEND={name}."
+        )
+    if not gpu_present():
+        raise no_gpu(name)
+    return own
+
+
+def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> None:
+    """Compare the files with the manifest: sizes of all, hashes of those that steer the run.
+
+    A plan file is executable code, so it is hashed before the library sees it: about a second per GB. Weights beside
+    an ONNX file are data and only measured; `flowcut.artifacts.check_files` hashes them too.
+
+    Raises:
+        EngineError: files that are missing or differ, all of them named.
+    """
+    suffix = "onnx" if backend == "ort" else "engine"
+    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in GRAPHS)}
+    problems = [f"{name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]
+    for name, record in sorted(manifest.files.items()):
+        path = directory / name
+        got = path.stat().st_size if path.is_file() else None
+        if got is None:
+            problems.append(f"{name}: missing")
+        elif got != record.bytes:
+            problems.append(f"{name}: expected {record.bytes} bytes, got {got}")
+        elif name in needed and (digest := _sha256(path)) != record.sha256:
+            problems.append(f"{name}: expected sha256 {record.sha256}, got {digest}")
+    if problems:
+        raise EngineError(f"{directory} must hold what was built there, got {'; '.join(problems)}. Build it again.")
+
+
+def _sessions(directory: Path, manifest: Manifest, backend: Backend, threads: int | None) -> tuple[Session, Session]:
+    built_for = (manifest.geometry, manifest.tokens, manifest.precision, manifest.limits)
+    vision, language = vision_contract(*built_for), language_contract(*built_for)
+    if backend == "ort":
+        return (
+            OrtSession(directory / "vision.onnx", vision, threads),
+            OrtSession(directory / "language.onnx", language, threads),
+        )
+    device = CudaDevice(backend)
+    return (
+        TrtSession(directory / "vision.engine", vision, backend, device),
+        TrtSession(directory / "language.engine", language, backend, device),
+    )
+
+
+def _why_not(backend: Backend) -> str:
+    """Why TensorRT cannot run here; empty where it can."""
+    if not gpu_present():
+        return "no CUDA GPU is present"
+    try:
+        trt_module(backend)
+        cuda_core(backend)
+    except FlowCutError as error:
+        return str(error)
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,210 @@
+"""ONNX Runtime sessions: what the contract allows, what stays in place, what is refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import recipe
+from tiny_engine import LIMITS, TinyEngine, write_engine
+
+from engines.session import OrtSession, state_pairs
+from flowcut.contract import GraphContract, language_contract, vision_contract
+from flowcut.errors import EngineError
+
+Feeds = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyEngine:
+    return write_engine(tmp_path_factory.mktemp("session") / "engine")
+
+
+def contract_of(tiny: TinyEngine, graph: str) -> GraphContract:
+    make = {"vision": vision_contract, "language": language_contract}[graph]
+    return make(tiny.model.config, tiny.schedule.tokens, "fp32", LIMITS)
+
+
+@pytest.fixture(scope="module")
+def open_session(tiny: TinyEngine) -> Callable[[str], OrtSession]:
+    return lambda graph: OrtSession(tiny.directory / f"{graph}.onnx", contract_of(tiny, graph), threads=1)
+
+
+def pixels(tiny: TinyEngine, images: int) -> Feeds:
+    return {"pixel_values": recipe.pixels(tiny.model.config.vision.image_size, images)}
+
+
+def prompts(tiny: TinyEngine, batch: int = 2, length: int = 24) -> Feeds:
+    rng = np.random.default_rng(0)
+    rows = np.full((batch, length), -1)
+    rows[0, 2 : 2 + tiny.schedule.tokens] = np.arange(tiny.schedule.tokens)
+    return {
+        "input_ids": rng.integers(3, 448, (batch, length)),
+        "position_ids": np.tile(np.arange(length), (batch, 1)),
+        "image_rows": rows,
+        "last_token": np.arange(batch) + length - batch,
+        "image_embeds": rng.standard_normal((1, tiny.schedule.tokens, 128)).astype(np.float32),
+    }
+
+
+def next_tokens(feeds: Feeds, step: int) -> Feeds:
+    return feeds | {
+        "input_ids": np.array([[5 + step], [9]]),
+        "position_ids": (feeds["last_token"] + 1 + step)[:, None],
+        "image_rows": np.full((2, 1), -1),
+        "last_token": np.zeros(2, np.int64),
+    }
+
+
+def plain(tiny: TinyEngine, graph: str) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 2
+    return ort.InferenceSession(tiny.directory / f"{graph}.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def test_vision_returns_what_onnx_runtime_returns(tiny: TinyEngine, open_session: Callable[[str], OrtSession]) -> None:
+    feeds = pixels(tiny, 3)
+    result = open_session("vision").run(feeds, keep=["image_embeds"])
+    embeds, kept = plain(tiny, "vision").run(["image_embeds", "kept"], feeds)
+    assert result.arrays.keys() == {"kept"}
+    assert result.device_ms > 0
+    np.testing.assert_array_equal(result.arrays["kept"], kept)
+    tensor = result.kept["image_embeds"]
+    assert (tensor.shape, tensor.dtype) == (embeds.shape, embeds.dtype)
+    np.testing.assert_allclose(tensor.numpy(), embeds, rtol=0, atol=1e-5 * np.abs(embeds).max())
+
+
+def test_a_result_is_not_overwritten_by_the_next_run(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession]
+) -> None:
+    session, feeds = open_session("language"), prompts(tiny)
+    state = session.allocate_state(2)
+    first = session.run(feeds, state).arrays["logits"]
+    before = first.copy()
+    second = session.run(next_tokens(feeds, 0), state).arrays["logits"]
+    np.testing.assert_array_equal(first, before)
+    assert not np.array_equal(first, second)
+
+
+def test_cache_is_updated_in_place_and_equals_the_copied_one(
+    tiny: TinyEngine, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG, "flowcut.onnxruntime")  # lets ONNX Runtime's warnings through
+    contract = contract_of(tiny, "language")
+    session = OrtSession(tiny.directory / "language.onnx", contract)
+    state, feeds = session.allocate_state(2), prompts(tiny)
+    steps = [feeds, *(next_tokens(feeds, i) for i in range(3))]
+    got = [session.run(step, state).arrays["logits"] for step in steps]
+    assert "copying past_cache" not in capfd.readouterr().err
+    other = plain(tiny, "language")
+    cache = {s.name: np.zeros(s.shape({"batch": 2}), np.float32) for s, _ in state_pairs(contract)}
+    for step, logits in zip(steps, got, strict=True):
+        expected, *present = other.run(["logits", *(p for _, p in state_pairs(contract))], step | cache)
+        cache = dict(zip(cache, present, strict=True))
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert "copying past_cache" in capfd.readouterr().err  # so the absence above means something
+
+
+def test_nothing_of_an_earlier_request_is_left_in_a_new_state(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession]
+) -> None:
+    session, feeds = open_session("language"), prompts(tiny)
+    spoiled = session.run(feeds | {"image_embeds": feeds["image_embeds"] * np.nan}, session.allocate_state(2))
+    assert np.isnan(spoiled.arrays["logits"]).any()
+    runs = [session.run(feeds, session.allocate_state(2)).arrays["logits"] for _ in range(2)]
+    assert np.isfinite(runs[0]).all()
+    np.testing.assert_array_equal(runs[0], runs[1])
+
+
+def test_two_states_do_not_disturb_each_other(tiny: TinyEngine, open_session: Callable[[str], OrtSession]) -> None:
+    session, feeds = open_session("language"), prompts(tiny)
+    other = feeds | {"input_ids": feeds["input_ids"][::-1].copy()}
+
+    def answer(first: Feeds, between: Feeds | None) -> np.ndarray:
+        mine, theirs = session.allocate_state(2), session.allocate_state(2)
+        session.run(first, mine)
+        if between is not None:
+            session.run(between, theirs)
+        return session.run(next_tokens(first, 0), mine).arrays["logits"]
+
+    np.testing.assert_array_equal(answer(feeds, other), answer(feeds, None))
+
+
+WRONG = {
+    "missing": (lambda f: {n: f[n] for n in f if n != "last_token"}, "difference: last_token"),
+    "unexpected": (lambda f: f | {"pixels": f["input_ids"]}, "difference: pixels"),
+    "dtype": (lambda f: f | {"image_embeds": f["image_embeds"].astype(np.float16)}, r"image_embeds must be float32\["),
+    "rank": (lambda f: f | {"last_token": f["last_token"][:, None]}, r"last_token must be int64\[batch 2\], got"),
+    "fixed size": (
+        lambda f: f | {"image_embeds": f["image_embeds"][:, 1:]},
+        r"float32\[images 1\.\.4, 16, 128\]|images 1,",
+    ),
+    "range": (
+        lambda f: f | {"image_embeds": np.zeros((5, 16, 128), np.float32)},
+        r"images 1\.\.4, 16, 128\], got float32",
+    ),
+    "two batches": (lambda f: f | {"last_token": np.zeros(3, np.int64)}, r"batch 2\], got int64\[3\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_feeds_must_be_the_contracts(case: str, tiny: TinyEngine, open_session: Callable[[str], OrtSession]) -> None:
+    change, message = WRONG[case]
+    session = open_session("language")
+    with pytest.raises(EngineError, match=message):
+        session.run(change(prompts(tiny)), session.allocate_state(2))
+
+
+def test_a_state_is_needed_exactly_where_there_is_a_cache(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession]
+) -> None:
+    language, vision = open_session("language"), open_session("vision")
+    with pytest.raises(EngineError, match="language must be run with a state"):
+        language.run(prompts(tiny))
+    with pytest.raises(EngineError, match="vision must be run without a state"):
+        vision.run(pixels(tiny, 1), language.allocate_state(1))
+    with pytest.raises(EngineError, match=r"int64\[batch 1, sequence 1\.\.64\], got int64\[2, 24\]"):
+        language.run(prompts(tiny), language.allocate_state(1))
+
+
+def test_a_run_that_fails_in_the_library_is_an_engine_error(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession], capfd: pytest.CaptureFixture[str]
+) -> None:
+    session, feeds = open_session("language"), prompts(tiny)
+    with pytest.raises(EngineError, match=r"language failed in ONNX Runtime: .*Gather") as caught:
+        session.run(feeds | {"input_ids": feeds["input_ids"] + 10_000}, session.allocate_state(2))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # not printed as well
+
+
+def test_a_file_that_is_no_graph_is_refused(tiny: TinyEngine, tmp_path: Path) -> None:
+    path = tmp_path / "vision.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(EngineError, match=r"vision\.onnx could not be loaded by ONNX Runtime: .*INVALID_PROTOBUF"):
+        OrtSession(path, contract_of(tiny, "vision"))
+
+
+def test_a_graph_of_another_contract_is_refused(tiny: TinyEngine) -> None:
+    fewer = language_contract(tiny.model.config, 9, "fp32", LIMITS)
+    with pytest.raises(EngineError, match="difference: changed image_embeds"):
+        OrtSession(tiny.directory / "language.onnx", fewer)
+    config = replace(tiny.model.config, text=replace(tiny.model.config.text, num_hidden_layers=3))
+    with pytest.raises(EngineError, match=r"missing past\.2\.key, past\.2\.value"):
+        OrtSession(tiny.directory / "language.onnx", language_contract(config, 16, "fp32", LIMITS))
+
+
+@pytest.mark.gpu
+def test_cuda_provider_agrees_with_the_cpu(tiny: TinyEngine, open_session: Callable[[str], OrtSession]) -> None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    session, feeds, contract = open_session("language"), prompts(tiny), contract_of(tiny, "language")
+    assert session.device == "cuda"
+    cache = {s.name: np.zeros(s.shape({"batch": 2}), np.float32) for s, _ in state_pairs(contract)}
+    (expected,) = plain(tiny, "language").run(["logits"], feeds | cache)
+    got = session.run(feeds, session.allocate_state(2)).arrays["logits"]
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
