@@ -47,7 +47,7 @@ class FileRecord:
 class Manifest:
     """What an engine directory is, what it was made from, and every file in it but manifest.json itself.
 
-    source_sha256 identifies the checkpoint (empty for random weights); note is for people; schedule is the pruning
+    source_sha256 identifies the weights, seed is that of random ones; note is for people; schedule is the pruning
     schedule as data; compute_capabilities are what the engines were compiled for ("8.0"), none for `ort`; created is
     UTC in ISO 8601; files maps a path relative to the directory, with `/`, to its record.
     """
@@ -66,6 +66,7 @@ class Manifest:
     compute_capabilities: tuple[str, ...]
     created: str
     build_seconds: Mapping[str, float]
+    seed: int = 0
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     schema: int = SCHEMA
 
