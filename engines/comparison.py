@@ -223,7 +223,8 @@ SHORT = {"onnxruntime": "ort", "tensorrt_rtx": "rtx", "tensorrt": "trt"}
 def print_report(console: Console, report: Report) -> None:
     """A table of the rows, and one line of summary."""
     title = f"{report.directory}: {report.model}, {report.precision}" + (f" ({report.note})" if report.note else "")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    console.print(Text(title))  # not the table's own, which would wrap at its width
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("graph", "runner", "against", "output", "error", "allowed", "verdict"):
         table.add_column(column, justify="right" if column in ("error", "allowed") else "left", no_wrap=True)
     styles = {OK: "green", TIE: "yellow", FAILED: "bold red"}
