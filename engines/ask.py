@@ -11,10 +11,59 @@ from typing import Any
 import numpy as np
 
 from engines.runtime import Generation, LlavaEngine
+from flowcut.errors import ConfigError, InputError
+from flowcut.preprocess import open_image
+from flowcut.prompt import IMAGE, question_prompt
 
+ANSWER_TOKENS = 32
 STAGES = ("preprocess", "vision", "prefill", "time_to_first_token", "decode_per_token")
 PATIENCE_S = 20.0
 """No further repeat starts after this long; n says how many there were."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to ask about which pictures, and how often for the clock.
+
+    Attributes:
+        prompt: with one `<image>` per picture.
+        answer_tokens: longest answer; None: 32, or what the engine allows if that is less.
+    """
+
+    images: tuple[Path, ...]
+    prompt: str
+    answer_tokens: int | None = None
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name, value in (("repeats", self.repeats), ("answer_tokens", self.answer_tokens)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+
+    def check(self) -> None:
+        """Open the pictures and count their places: before a build of minutes, not after it.
+
+        Raises:
+            InputError: a picture that cannot be used, or a prompt with another number of places.
+        """
+        for path in self.images:
+            open_image(path)
+        if (places := self.prompt.count(IMAGE)) != len(self.images):
+            raise InputError(
+                f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. "
+                f"Write it like {question_prompt('What is this?', len(self.images))!r}."
+            )
+
+    def new_tokens(self, limit: int) -> int:
+        """Tokens to generate with an engine built for `limit`."""
+        if self.answer_tokens is None:
+            return min(ANSWER_TOKENS, limit)
+        if self.answer_tokens > limit:
+            raise InputError(
+                f"answer_tokens must be at most {limit} (the engine's max_new_tokens), got {self.answer_tokens}. "
+                "Ask for fewer, or rebuild the engine with --max-new-tokens."
+            )
+        return self.answer_tokens
 
 
 @dataclass(frozen=True)
@@ -51,13 +100,14 @@ class Answer:
         }
 
 
-def ask(engine: LlavaEngine, images: Sequence[Path], prompt: str, max_new_tokens: int, repeats: int) -> Answer:
-    """Answer once to warm up, then up to `repeats` times for the clock."""
-    first = engine.generate(list(images), prompt, max_new_tokens)
+def ask(engine: LlavaEngine, question: Question) -> Answer:
+    """Answer once to warm up, then up to `question.repeats` times for the clock."""
+    images, new_tokens = list(question.images), question.new_tokens(engine.manifest.limits.max_new_tokens)
+    first = engine.generate(images, question.prompt, new_tokens)
     runs: list[Generation] = []
     deadline = time.perf_counter() + PATIENCE_S
-    while len(runs) < repeats and (not runs or time.perf_counter() < deadline):
-        runs.append(engine.generate(list(images), prompt, max_new_tokens))
+    while len(runs) < question.repeats and (not runs or time.perf_counter() < deadline):
+        runs.append(engine.generate(images, question.prompt, new_tokens))
     return Answer(first, first.prompt_tokens[0], _summary(runs))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import resource
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ from flowcut.artifacts import (
 from flowcut.checkpoint import expected_tensors
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
+from flowcut.deps import require
 from flowcut.errors import CheckpointError, ConfigError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
@@ -90,12 +94,13 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
     """
     backend = resolve_backend(settings.backend)
     check_precision(backend, settings.precision)
-    if backend != "ort":
-        trt_module(backend)  # a missing library should not be noticed after the export
+    _check_targets(backend, settings.compute_capabilities)
+    require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     tokens = token_count(settings.tokens, model.config.vision.patches)
     schedule = make_schedule(settings.schedule, model.config.vision, tokens)
-    limits = _limits(settings, model, tokens)
+    check_fixed_shapes(schedule)
+    limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
     _read_tokenizer(model)
     image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
     target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
@@ -111,8 +116,7 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
             reports = _compile(directory, contracts, backend, settings.compute_capabilities, seconds, progress)
         shutil.copyfile(model.files / "tokenizer.json", directory / "tokenizer.json")
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
-        with _timed(seconds, "hash"):
-            manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
+        manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
     return Built(target, manifest, reports)
 
 
@@ -121,6 +125,15 @@ def token_count(tokens: int | str | None, patches: int) -> int:
     if tokens is None:
         return default_tokens(patches)
     return patches if tokens == "all" else int(tokens)
+
+
+def check_fixed_shapes(schedule: Schedule) -> None:
+    """Raise ConfigError for a schedule that no graph can hold, before any weight is read."""
+    if schedule.kind == "adaptive":
+        raise ConfigError(
+            "schedule must be static, masked or a .json file where a graph is exported, got 'adaptive': its lengths "
+            "depend on the picture. masked keeps the same patches."
+        )
 
 
 def export_graphs(
@@ -164,8 +177,19 @@ def save_graph(graph: ir.Model, path: Path, progress: Progress) -> None:
     from export.builder import save
 
     task = progress.add_task(f"{path.stem}: export", total=None)
-    save(graph, path, lambda _, index, total: progress.update(task, completed=index + 1, total=total))
-    progress.remove_task(task)
+    try:
+        save(graph, path, lambda _, index, total: progress.update(task, completed=index + 1, total=total))
+    except OSError as error:
+        raise _explained(error, path) from error
+    finally:
+        progress.remove_task(task)
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    """numpy's tofile tells how much it wrote, not why it stopped. A full disk shows; a limit on file sizes does not."""
+    if error.errno is None and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        return OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return error
 
 
 def _compile(
@@ -185,17 +209,41 @@ def _compile(
     return reports
 
 
-def _limits(settings: BuildSettings, model: Model, tokens: int) -> Limits:
-    longest = model.config.text.max_position_embeddings
-    prompt = settings.max_prompt or min(tokens + TEXT_TOKENS, longest - settings.max_new_tokens)
-    if settings.max_prompt is not None and settings.max_prompt <= tokens:
-        raise ConfigError(f"max_prompt must be more than {tokens} (one picture's tokens), got {settings.max_prompt}.")
-    if prompt <= tokens or prompt + settings.max_new_tokens > longest:
+def _check_targets(backend: Backend, names: Sequence[str]) -> None:
+    """A missing library or an unknown GPU should not be noticed after the export."""
+    if backend == "ort":
+        if names:
+            raise ConfigError(
+                f"compute_capability must be left out for backend ort, which compiles nothing, got {', '.join(names)}."
+            )
+        return
+    capabilities = getattr(trt_module(backend), "ComputeCapability", None)
+    if names and capabilities is None:
+        raise ConfigError(f"compute_capability must be left out for backend {backend}, got {', '.join(names)}.")
+    known = [name.lower() for name in getattr(capabilities, "__members__", ()) if name.startswith("SM")]
+    if unknown := [name for name in names if name.lower() not in known]:
         raise ConfigError(
-            f"max_prompt + max_new_tokens must be in {tokens + 2}..{longest} (visual tokens, max_position_embeddings), "
-            f"got {prompt} + {settings.max_new_tokens}. Lower --tokens, --max-prompt or --max-new-tokens."
+            f"compute_capability must be one of {', '.join(known)}, got {', '.join(unknown)}. "
+            "Without one, engines are for Ampere and later."
         )
-    return Limits(settings.max_batch, settings.max_images, prompt, settings.max_new_tokens)
+
+
+def _limits(settings: BuildSettings, positions: int, tokens: int) -> Limits:
+    """`positions` are all that the decoder has (max_position_embeddings)."""
+    answer = settings.max_new_tokens
+    least, most = tokens + 1, positions - answer
+    if answer >= 1 and most < least:
+        raise ConfigError(
+            f"max_new_tokens must be in 1..{positions - least} ({positions} positions less one picture's {tokens} "
+            f"tokens and one of text), got {answer}. Lower --max-new-tokens or --tokens."
+        )
+    prompt = min(tokens + TEXT_TOKENS, most) if settings.max_prompt is None else settings.max_prompt
+    if answer >= 1 and not least <= prompt <= most:
+        raise ConfigError(
+            f"max_prompt must be in {least}..{most} (one picture's tokens and one of text; {positions} positions less "
+            f"max_new_tokens), got {prompt}. Choose another --max-prompt, or lower --tokens or --max-new-tokens."
+        )
+    return Limits(settings.max_batch, settings.max_images, prompt, answer)
 
 
 def _read_tokenizer(model: Model) -> None:
@@ -236,6 +284,7 @@ def _manifest(
         versions=installed_versions(),
         compute_capabilities=settings.compute_capabilities,
         created=timestamp(),
+        seed=settings.seed if model.weights.random else 0,
         build_seconds={name: round(value, 2) for name, value in seconds.items()},
     )
 

@@ -1,4 +1,4 @@
-"""Run the vision tower alone and show what the pruner did: `flowcut prune`."""
+"""The vision tower alone, and what the pruner did in it: `flowcut prune`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,42 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
+from engines.pipeline import check_fixed_shapes, graph_metadata, save_graph, token_count
 from engines.session import OrtSession
-from flowcut.aliases import Model
+from flowcut.aliases import Model, resolve
 from flowcut.atomic import write_file
 from flowcut.contract import Limits, vision_contract
 from flowcut.deps import require
 from flowcut.errors import InputError
 from flowcut.overlay import draw
-from flowcut.preprocess import ImageSettings, undo
-from flowcut.schedule import Schedule
+from flowcut.preprocess import ImageSettings, open_image, pixel_values, undo
+from flowcut.schedule import Schedule, make_schedule
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What to prune, how, and where to write it. Pictures come from `images` or, preprocessed, from `pixels`.
+
+    Attributes:
+        tokens: patches kept per picture, an int or "all"; None: 11.1% of the patches.
+        schedule: "adaptive", "static", "masked" or the name of a schedule .json file.
+        backend: "torch" or "ort", which has no adaptive schedule.
+        out, overlay: see `output_paths`.
+    """
+
+    model: str
+    random: bool = False
+    seed: int = 0
+    tokens: int | str | None = None
+    schedule: str = "adaptive"
+    backend: str = "torch"
+    images: tuple[Path, ...] = ()
+    pixels: Path | None = None
+    out: Path | None = None
+    overlay: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,51 @@ class Pruned:
     trace: list[tuple[int, list[Integers]]]
 
 
-def prune_torch(model: Model, schedule: Schedule, pixel_values: Floats) -> Pruned:
+@dataclass(frozen=True)
+class Outcome:
+    """What `prune` did, with which schedule, and which files it wrote. `note` is the model's."""
+
+    pruned: Pruned
+    schedule: Schedule
+    note: str
+    written: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the last line of `flowcut prune` holds."""
+        return {
+            "kept": self.pruned.kept.tolist(),
+            "counts": self.pruned.counts.tolist(),
+            "schedule": self.schedule.to_dict(),
+            "note": self.note,
+            "written": self.written,
+        }
+
+
+def prune(settings: PruneSettings, progress: Progress) -> Outcome:
+    """Run the vision tower of a model over pictures and write what was asked for.
+
+    Raises:
+        ConfigError, CheckpointError, InputError: a setting, checkpoint or picture that does not fit.
+        FlowCutError: the disk, or a library that is not installed.
+    """
+    model = resolve(settings.model, random=settings.random, seed=settings.seed)
+    vision = model.config.vision
+    schedule = make_schedule(settings.schedule, vision, token_count(settings.tokens, vision.patches))
+    image_settings = ImageSettings.from_directory(model.files, vision.image_size)
+    if settings.pixels is None:
+        pixels = pixel_values([open_image(path) for path in settings.images], image_settings)
+    else:
+        pixels = read_pixels(settings.pixels, vision.image_size)
+    paths = output_paths(settings.out, settings.overlay, len(pixels))
+    if settings.backend == "ort":
+        pruned = prune_ort(model, schedule, pixels, progress)
+    else:
+        pruned = prune_torch(model, schedule, pixels)
+    pages = overlays(pruned, pixels, image_settings, vision.grid) if settings.overlay else []
+    return Outcome(pruned, schedule, model.note, write_outputs(pruned, pages, paths))
+
+
+def prune_torch(model: Model, schedule: Schedule, pixels: Floats) -> Pruned:
     """In eager PyTorch, float32, with any schedule."""
     require("torch", "torch")
     import torch
@@ -54,26 +122,27 @@ def prune_torch(model: Model, schedule: Schedule, pixel_values: Floats) -> Prune
 
     with torch.inference_mode():
         vision = VisionModel.from_weights(model.weights)
-        output = vision.features(torch.from_numpy(pixel_values), schedule)
+        output = vision.features(torch.from_numpy(pixels), schedule)
     trace = [(layer, [numbers.numpy() for numbers in kept]) for layer, kept in output.trace]
     return Pruned(output.kept.numpy(), output.counts.numpy(), output.features.numpy(), trace)
 
 
 def prune_ort(
-    model: Model, schedule: Schedule, pixel_values: Floats, progress: Progress, threads: int | None = None
+    model: Model, schedule: Schedule, pixels: Floats, progress: Progress, threads: int | None = None
 ) -> Pruned:
     """On ONNX Runtime, float32, through a graph exported for the occasion. The schedule must have fixed shapes."""
-    from engines.pipeline import graph_metadata, save_graph
+    check_fixed_shapes(schedule)
+    require("onnx_ir", "export")
     from export.vision import traced_contract, vision_model
 
-    limits = Limits(max_images=len(pixel_values))
+    limits = Limits(max_images=len(pixels))
     contract = vision_contract(model.config, schedule.tokens, "fp32", limits)
     graph = vision_model(model.weights, contract, schedule, "fp32", graph_metadata(model, schedule, "fp32"), trace=True)
     with tempfile.TemporaryDirectory(prefix="flowcut-") as directory:
         path = Path(directory) / "vision.onnx"
         save_graph(graph, path, progress)
         session = OrtSession(path, traced_contract(contract, schedule, model.config.vision), threads)
-        outputs: dict[str, Any] = session.run({"pixel_values": pixel_values}).arrays
+        outputs: dict[str, Any] = session.run({"pixel_values": pixels}).arrays
     return Pruned(outputs["kept"], outputs["counts"], outputs["features"], _trace(outputs))
 
 
@@ -84,12 +153,12 @@ def _trace(outputs: dict[str, Any]) -> list[tuple[int, list[Integers]]]:
     return [(i, [row[:n] for row, n in zip(outputs[f"kept.{i}"], valid[i], strict=True)]) for i in layers]
 
 
-def overlays(pruned: Pruned, pixel_values: Floats, settings: ImageSettings, grid: int) -> list[Image.Image]:
+def overlays(pruned: Pruned, pixels: Floats, settings: ImageSettings, grid: int) -> list[Image.Image]:
     """One picture per image: the input and what was left after each pruning point."""
     pages = []
-    for i, pixels in enumerate(pixel_values):
+    for i, picture in enumerate(pixels):
         kept = [(layer, numbers[i]) for layer, numbers in pruned.trace]
-        pages.append(draw(undo(pixels, settings), kept, grid, settings.image_size))
+        pages.append(draw(undo(picture, settings), kept, grid, settings.image_size))
     return pages
 
 
@@ -100,30 +169,56 @@ def read_pixels(path: Path, image_size: int) -> Floats:
         InputError: unreadable, not a numeric array of that shape, or not finite.
     """
     try:
-        pixels = np.load(path, allow_pickle=False)
+        pixels = np.lib.format.open_memmap(path, mode="r")  # looks at the header only, however large the file
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"pixels {path} must be a .npy file, got: {error}.") from None
-    shape = (3, image_size, image_size)
-    if not isinstance(pixels, np.ndarray) or pixels.ndim != 4 or pixels.shape[1:] != shape or not len(pixels):
-        got = list(pixels.shape) if isinstance(pixels, np.ndarray) else "an archive"
-        raise InputError(f"pixels {path} must have the shape [B, 3, {image_size}, {image_size}], got {got}.")
-    if pixels.dtype.kind not in "fiu" or not np.isfinite(pixels).all():
-        raise InputError(f"pixels {path} must be finite numbers, got {pixels.dtype} with other values.")
-    return pixels.astype(np.float32, copy=False)
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"pixels must be a .npy file, got {str(path)!r}: {reason}.") from None
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, image_size, image_size) or not len(pixels):
+        raise InputError(
+            f"pixels must have the shape [B, 3, {image_size}, {image_size}], got {list(pixels.shape)} in {str(path)!r}."
+        )
+    if pixels.dtype.kind not in "fiu":
+        raise InputError(f"pixels must be real numbers, got {pixels.dtype} in {str(path)!r}.")
+    with np.errstate(over="ignore"):  # what does not fit into float32 is found below
+        values = np.array(pixels, np.float32, order="C")
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise InputError(f"pixels must be finite in float32, got {bad} values that are not in {str(path)!r}.")
+    return values
 
 
-def write_outputs(pruned: Pruned, out: Path | None, pages: Sequence[Image.Image], overlay: Path | None) -> list[str]:
-    """Write the arrays to `out` and the pages to `overlay` (numbered where there are several); returns the paths."""
+def output_paths(out: Path | None, overlay: Path | None, pictures: int) -> tuple[list[Path], list[Path]]:
+    """Where the arrays and where the pages go: none or one, and none or one per picture, numbered if several.
+
+    Raises:
+        InputError: a folder that does not exist, or two outputs of one name: known before anything is computed.
+    """
+    pages = [overlay] if overlay is not None else []
+    if overlay is not None and pictures > 1:
+        pages = [overlay.with_stem(f"{overlay.stem}-{i}") for i in range(pictures)]
+    arrays = [out] if out is not None else []
+    for field, paths in (("out", arrays), ("overlay", pages)):
+        for path in paths:
+            if not path.parent.is_dir() or path.is_dir():
+                raise InputError(f"{field} must be a file in an existing directory, got {str(path)!r}.")
+    if set(arrays) & set(pages):
+        raise InputError(f"out and overlay must be different files, got {str(out)!r} for both.")
+    return arrays, pages
+
+
+def write_outputs(
+    pruned: Pruned, pages: Sequence[Image.Image], paths: tuple[Sequence[Path], Sequence[Path]]
+) -> list[str]:
+    """Write the arrays and the pages to `output_paths`; returns the paths. Nothing is written before all is encoded."""
     contents: dict[Path, bytes] = {}
-    if out is not None:
+    for path in paths[0]:
         buffer = io.BytesIO()
         np.savez(buffer, kept=pruned.kept, counts=pruned.counts, features=pruned.features)
-        contents[out] = buffer.getvalue()
-    if overlay is not None:
-        for i, page in enumerate(pages):
-            buffer = io.BytesIO()
-            page.save(buffer, format="PNG")
-            contents[overlay if len(pages) == 1 else overlay.with_stem(f"{overlay.stem}-{i}")] = buffer.getvalue()
+        contents[path] = buffer.getvalue()
+    for path, page in zip(paths[1], pages, strict=True):
+        buffer = io.BytesIO()
+        page.save(buffer, format="PNG")
+        contents[path] = buffer.getvalue()
     for path, content in contents.items():
         write_file(path, content)
     return [str(path) for path in contents]

@@ -1,108 +1,153 @@
-"""Results as tables for people. Each goes with a line of JSON for programs, printed by the command."""
+"""Results as tables for people, 80 columns wide. Each goes with a line of JSON for programs, printed by the command."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engines.ask import Answer
+from engines.ask import Answer, Question
 from engines.pipeline import Built
-from engines.prune import Pruned
+from engines.prune import Outcome
 from engines.runtime import LlavaEngine
 from flowcut.artifacts import Manifest
 
-UNITS = {"preprocess": "pictures and prompt", "decode_per_token": "one further token"}
+LIBRARIES = {"ort": "ONNX Runtime", "rtx": "TensorRT-RTX", "trt": "TensorRT"}
+STAGES = {
+    "preprocess": "preprocess pictures and prompt",
+    "vision": "vision: encode and prune",
+    "prefill": "prefill: read the prompt",
+    "time_to_first_token": "time to first token",
+    "decode_per_token": "each further token",
+}
 
 
 def built(console: Console, result: Built) -> None:
     """Where the engine is, what is in it and what making it took."""
-    table = Table(title=f"{result.directory}", title_justify="left")
-    for column in ("file", "MB"):
-        table.add_column(column, justify="right" if column == "MB" else "left")
+    _heading(console, f"built {result.directory}")
+    table = _table("file", "size")
     for name, record in sorted(result.manifest.files.items()):
-        table.add_row(name, f"{record.bytes / 1e6:.2f}")
+        table.add_row(name, _size(record.bytes))
     console.print(table)
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.manifest.build_seconds.items())
-    console.print(f"built in {sum(result.manifest.build_seconds.values()):.1f} s ({stages})")
-    for name, report in result.reports.items():
-        code_mb = (report.engine_bytes - report.weight_bytes) / 1e6
-        console.print(f"{name}: {report.layers} network layers, {code_mb:.1f} MB of engine beyond its weights")
+    seconds = result.manifest.build_seconds
+    for name, value in seconds.items():
+        console.print(f"{name}: {value:.1f} s{_compiled(name, result)}")
     _say_note(console, result.manifest)
 
 
-def answered(console: Console, engine: LlavaEngine, prompt: str, images: list[Path], answer: Answer) -> None:
+def answered(console: Console, engine: LlavaEngine, question: Question, answer: Answer) -> None:
     """The question, the answer, what was kept and how long each stage took."""
-    manifest = engine.manifest
-    patches = manifest.geometry.vision.patches
-    console.print(Text.assemble(("picture  ", "bold"), ", ".join(str(path) for path in images)))
-    console.print(Text.assemble(("prompt   ", "bold"), prompt.replace("\n", " ")))
-    console.print(Text.assemble(("answer   ", "bold"), repr(answer.generation.texts[0])))
-    for numbers in answer.generation.kept[0]:
-        console.print(Text.assemble(("kept     ", "bold"), f"{len(numbers)} of {patches} patches"))
-        console.print(_grid(numbers.tolist(), manifest.geometry.vision.grid))
-    where = "ONNX Runtime" if engine.backend == "ort" else {"rtx": "TensorRT-RTX", "trt": "TensorRT"}[engine.backend]
-    table = Table(title=f"latency on {where}, batch 1, {answer.prompt_tokens} prompt tokens", title_justify="left")
-    for column in ("stage", "median ms", "p90 ms", "n"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    manifest, plain = engine.manifest, console.options.ascii_only
+    text = answer.generation.texts[0]
+    _field(console, "prompt", " ".join(question.prompt.split()))
+    _field(console, "answer", ascii(text) if plain else repr(text))
+    for path, numbers in zip(question.images, answer.generation.kept[0], strict=True):
+        _field(console, "picture", str(path))
+        _field(console, "kept", f"{len(numbers)} of {manifest.geometry.vision.patches} patches")
+        console.print(_map(numbers.tolist(), manifest.geometry.vision.grid, "#." if plain else "█·"))
+    runs = max(int(values["n"]) for values in answer.latency_ms.values())
+    _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {answer.prompt_tokens} prompt tokens, batch 1")
+    table = _table(f"milliseconds over {runs} run{'s' * (runs > 1)}", "median", "p90")
     for stage, values in answer.latency_ms.items():
-        name = stage.replace("_", " ") + (f" ({UNITS[stage]})" if stage in UNITS else "")
-        table.add_row(name, f"{values['median']:.2f}", f"{values['p90']:.2f}", f"{values['n']:.0f}")
+        table.add_row(STAGES[stage], f"{values['median']:.2f}", f"{values['p90']:.2f}")
     console.print(table)
     if engine.backend != manifest.backend:
         console.print(
-            f"The {manifest.backend} engines cannot run on this machine; ONNX Runtime ran the very graphs they were "
-            "compiled from. These are not GPU latencies."
+            f"Not {LIBRARIES[manifest.backend]}, which this directory was compiled for: ONNX Runtime ran the very "
+            "graphs that were compiled. These are not GPU latencies."
         )
     _say_note(console, manifest)
 
 
-def pruned(console: Console, result: Pruned, patches: int) -> None:
-    """Patches left after each pruning point, per picture."""
-    table = Table(title="patches that leave each pruning point", title_justify="left")
-    table.add_column("layer", justify="right")
-    for i in range(len(result.kept)):
-        table.add_column(f"picture {i}", justify="right")
-    table.add_row("input", *[str(patches)] * len(result.kept))
-    for layer, numbers in result.trace:
-        table.add_row(str(layer), *[str(len(n)) for n in numbers])
-    console.print(table)
+def pruned(console: Console, outcome: Outcome) -> None:
+    """Patches left after each pruning point, a row per picture."""
+    result, patches = outcome.pruned, outcome.schedule.patches
+    if result.trace:
+        _heading(console, "patches left at the input and after each layer that prunes")
+        table = _table("picture", "input", *[str(layer) for layer, _ in result.trace])
+        for i in range(len(result.kept)):
+            table.add_row(str(i), str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
+        console.print(table)
+    else:
+        console.print(f"Nothing is pruned: all {patches} patches stay.")
+    for path in outcome.written:
+        _field(console, "wrote", path)
+    if outcome.note:
+        console.print(f"{outcome.note}: which patches are kept means nothing.")
 
 
 def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
     """What an engine directory is."""
     vision, text, limits = manifest.geometry.vision, manifest.geometry.text, manifest.limits
-    table = Table(title=str(directory), title_justify="left", show_header=False)
+    targets = ", ".join(manifest.compute_capabilities) or "default targets"
     rows = {
         "model": manifest.model + (f" ({manifest.note})" if manifest.note else ""),
-        "visual tokens": f"{manifest.tokens} of {vision.patches}",
-        "schedule": f"{manifest.schedule['kind']} {manifest.schedule['counts'] or ''}",
+        "source": f"sha256 {manifest.source_sha256[:16]}.." if manifest.source_sha256 else "",
+        "visual tokens": f"{manifest.tokens} of {vision.patches} patches",
+        "schedule": f"{manifest.schedule['kind']} {', '.join(map(str, manifest.schedule['counts']))}",
         "precision": manifest.precision,
-        "backend": f"{manifest.backend} {' '.join(manifest.compute_capabilities)}",
-        "vision": f"{vision.num_hidden_layers} layers of {vision.hidden_size}, {vision.image_size} px, "
-        f"patches of {vision.patch_size} px",
-        "language": f"{text.num_hidden_layers} layers of {text.hidden_size}, vocabulary {text.vocab_size}",
-        "limits": f"batch {limits.max_batch}, pictures {limits.max_images}, prompt {limits.max_prompt} tokens, "
-        f"answer {limits.max_new_tokens} tokens",
-        "created": manifest.created,
-        "source": manifest.source_sha256[:16],
+        "compiled for": "ONNX Runtime" if manifest.backend == "ort" else f"{LIBRARIES[manifest.backend]}, {targets}",
+        "vision": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {vision.image_size} px in patches "
+        f"of {vision.patch_size}",
+        "language": f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}",
+        "at once": f"{limits.max_batch} prompts, {limits.max_images} pictures",
+        "longest": f"prompt {limits.max_prompt} tokens, answer {limits.max_new_tokens} tokens",
+        "built": f"{manifest.created} in {sum(manifest.build_seconds.values()):.1f} s",
+        "with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
     }
+    _heading(console, str(directory))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
         table.add_row(name, value)
     for name, record in sorted(manifest.files.items()):
-        table.add_row(name, f"{record.bytes / 1e6:.2f} MB")
+        table.add_row(name, _size(record.bytes))
     console.print(table)
+
+
+def _compiled(stage: str, result: Built) -> str:
+    """What became of the graph that the stage compiled."""
+    report = result.reports.get(stage.removeprefix("compile "))
+    if report is None:
+        return ""
+    code = _size(report.engine_bytes - report.weight_bytes)
+    return f", {report.layers} network layers, {code} beyond the weights"
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(Text(text, "bold"), soft_wrap=True)
+
+
+def _field(console: Console, name: str, value: str) -> None:
+    """Not wrapped, so that a path can be copied."""
+    console.print(Text.assemble((f"{name:<9}", "bold"), value), soft_wrap=True)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    """A column of names and columns of numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
 
 
 def _say_note(console: Console, manifest: Manifest) -> None:
     if manifest.note:
-        console.print(Text(f"{manifest.note}: answers and kept patches mean nothing, timings do."))
+        console.print(f"{manifest.note}: answers and kept patches mean nothing, timings do.")
 
 
-def _grid(kept: list[int], grid: int) -> Text:
-    """The picture's patches as a map: a block where one was kept."""
+def _map(kept: list[int], grid: int, marks: str) -> Text:
+    """The picture's patches: the first mark where one was kept, the second elsewhere."""
     marked = set(kept)
-    lines = ("".join("█" if row * grid + col in marked else "·" for col in range(grid)) for row in range(grid))
-    return Text("\n".join("  " + line for line in lines))
+    lines = ("".join(marks[row * grid + col not in marked] for col in range(grid)) for row in range(grid))
+    return Text("\n".join("         " + line for line in lines))

@@ -1,0 +1,229 @@
+"""The command line's grammar: commands, options and what their help says. Knows none of the code that runs them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import flowcut
+
+QUESTION = "What colour is the circle?"
+EXAMPLES = """examples:
+  flowcut engine llava-tiny --ask
+  flowcut engine llava-1.5-7b --weights random --decoder-layers 2 --backend ort
+  flowcut run build/llava-tiny-16-fp16-rtx --image cat.jpg --question "What is this?"
+  flowcut prune llava-tiny --image cat.jpg --tokens 16 --overlay kept.png
+
+The last line on stdout is one JSON object; `flowcut COMMAND --help` names its keys.
+Exit codes: 0 done, 1 something to mend (stderr says what), 2 wrong syntax."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Parses into a namespace whose `command` names the handler."""
+    parser = argparse.ArgumentParser(
+        prog="flowcut",
+        description="LLaVA with most of its visual tokens pruned away: from checkpoint to\nTensorRT engine to answer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=flowcut.__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_engine, _add_export, _add_prune, _add_run, _add_verify, _add_inspect):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, details: str, keys: str = "") -> argparse.ArgumentParser:
+    """A subcommand. `keys` are those of its line of JSON."""
+    epilog = f"The last line on stdout is JSON with the keys {keys}." if keys else None
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}", epilog=epilog
+    )
+    parser.set_defaults(command=name)
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done; twice: everything")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "model",
+        metavar="MODEL",
+        help="llava-tiny, llava-1.5-7b, llava-1.5-13b, or a directory in the Hugging Face llava format",
+    )
+    add(
+        "--weights",
+        choices=["auto", "random"],
+        default="auto",
+        help="random: seeded weights at MODEL's true geometry, nothing is downloaded (default: auto)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
+    add(
+        "--tokens",
+        type=_tokens,
+        metavar="K",
+        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576)",
+    )
+
+
+def _add_engine(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "engine",
+        "export MODEL, compile it and write an engine directory",
+        "The directory holds two ONNX graphs, the engines compiled from them, tokenizer, preprocessor settings and a "
+        "manifest. It appears when it is complete, or not at all.",
+        "directory, note, build_seconds and engine_bytes; with --ask also those of `flowcut run`",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "rtx", "trt", "ort"],
+        default="auto",
+        help="rtx: TensorRT-RTX, compiles without a GPU; trt: TensorRT; ort: stop at ONNX (default: auto = trt "
+        "where tensorrt imports and a GPU is present, else rtx)",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        action="append",
+        default=[],
+        metavar="SM",
+        help="GPU to compile rtx engines for, such as sm86; may be repeated (default: Ampere and later)",
+    )
+    _add_build(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "write MODEL's two ONNX graphs as a directory for ONNX Runtime",
+        "The same as `flowcut engine --backend ort`.",
+        "directory, note, build_seconds and engine_bytes; with --ask also those of `flowcut run`",
+    )
+    parser.set_defaults(backend="ort", compute_capability=[])
+    _add_model(parser)
+    _add_build(parser)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--schedule", default="static", help="static, masked or a FILE.json (default: static)")
+    add("--precision", choices=["fp16", "fp32"], default="fp16", help="fp32: ONNX Runtime only (default: fp16)")
+    add("--decoder-layers", type=int, metavar="N", help="build only the first N decoder layers (to fit memory)")
+    add("--max-batch", type=int, default=4, metavar="N", help="prompts at once (default: 4)")
+    add("--max-images", type=int, default=4, metavar="N", help="pictures at once, of all prompts (default: 4)")
+    add("--max-prompt", type=int, metavar="N", help="longest prompt, with its visual tokens (default: K + 192)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="DIR", help="the directory to write")
+    where.add_argument(
+        "--out-root",
+        type=Path,
+        default=Path("build"),
+        metavar="DIR",
+        help="write DIR/<model>-<tokens>-<precision>-<backend> (default: build)",
+    )
+    _add_question(parser).add_argument(
+        "--ask", action="store_true", help="then ask it a question about a picture, with a table of latencies"
+    )
+
+
+def _add_question(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("question")
+    add = group.add_argument
+    add("--image", type=Path, action="append", metavar="FILE", help="a picture; may be repeated (default: bundled)")
+    text = group.add_mutually_exclusive_group()
+    text.add_argument("--question", metavar="TEXT", help=f"put into LLaVA-1.5's template (default: {QUESTION})")
+    text.add_argument("--prompt", metavar="TEXT", help="taken as it is, with one <image> per picture")
+    add("--answer-tokens", type=int, metavar="N", help="longest answer shown (default: 32)")
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs after a warm-up, for at most 20 s (default: 5)")
+    add("--threads", type=int, metavar="N", help="of ONNX Runtime on the CPU (default: its own choice)")
+    return group
+
+
+def _add_prune(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "prune",
+        "show which patches of a picture survive",
+        "Runs the vision tower alone, in float32.",
+        "kept, counts, schedule, note and written",
+    )
+    _add_model(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--image", type=Path, action="append", metavar="FILE", help="a picture; may be repeated (default: bundled)"
+    )
+    source.add_argument("--pixels", type=Path, metavar="FILE.npy", help="preprocessed pixel_values [B, 3, S, S]")
+    add = parser.add_argument
+    add("--schedule", default="adaptive", help="adaptive, static, masked or a FILE.json (default: adaptive)")
+    add(
+        "--backend",
+        choices=["torch", "ort"],
+        default="torch",
+        help="ort exports a graph for ONNX Runtime, which adaptive does not have (default: torch)",
+    )
+    add("--out", type=Path, metavar="FILE.npz", help="write kept [B, K], counts [B, L+1] and features [B, K, hidden]")
+    add(
+        "--overlay",
+        type=Path,
+        metavar="FILE.png",
+        help="draw what is left after each pruning point; several pictures get FILE-0.png, FILE-1.png, ..",
+    )
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "run",
+        "ask an engine a question about a picture",
+        "Answers greedily and prints what was kept and how long each stage took.",
+        "answer, token_ids, kept, prompt_tokens, latency_ms, model, weights, note, tokens, schedule, precision, "
+        "backend and built_for",
+    )
+    _add_directory(parser)
+    parser.add_argument(
+        "--backend",
+        choices=["auto", "rtx", "trt", "ort"],
+        default="auto",
+        help="ort runs everywhere; rtx and trt need a GPU and a directory built for them (default: auto = the "
+        "directory's own, ort where that cannot run)",
+    )
+    _add_question(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        "compare torch, ONNX Runtime and TensorRT on an engine's graphs",
+        "TensorRT is compared where there is a GPU. Names, shapes, types, kept patches and values, with tolerances.",
+    )
+    _add_directory(parser)
+    parser.add_argument("--checkpoint", metavar="MODEL", help="where the weights came from, if not an alias")
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "inspect",
+        "say what an engine directory is",
+        "Compares its files with the manifest's hashes; a difference is exit code 1.",
+        "manifest, differences and ok",
+    )
+    _add_directory(parser)
+
+
+def _add_directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="ENGINE_DIR", help="what `flowcut engine` wrote")
+
+
+def _tokens(text: str) -> int | str:
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or 'all', got {text!r}") from None

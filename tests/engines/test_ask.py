@@ -1,0 +1,75 @@
+"""What a question must be, and how its answer is timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engines import ask as module
+from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
+from engines.runtime import Generation, LlavaEngine
+from flowcut.errors import ConfigError, InputError
+from flowcut.prompt import question_prompt
+
+
+class Engine:
+    """Answers in 10, 20, 30, .. ms per stage, the first time with another text."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit))
+        self.calls: list[tuple[list[Path], str, int]] = []
+
+    def generate(self, images: Any, prompt: str, max_new_tokens: int) -> Generation:
+        self.calls.append((images, prompt, max_new_tokens))
+        n = len(self.calls)
+        latency = dict.fromkeys((*STAGES, "total"), 10.0 * n)
+        return Generation([f"answer {n}"], [[1] * max_new_tokens], [False], [[np.arange(3)]], [40 + n], latency)
+
+
+def asked(engine: Engine, question: Question) -> module.Answer:
+    return ask(cast(LlavaEngine, engine), question)
+
+
+def test_the_first_answer_is_shown_and_not_timed() -> None:
+    engine = Engine()
+    answer = asked(engine, Question((Path("a.png"),), "p", 7, repeats=4))
+    assert engine.calls == [([Path("a.png")], "p", 7)] * 5
+    assert answer.generation.texts == ["answer 1"]
+    assert answer.prompt_tokens == 41
+    assert answer.latency_ms.keys() == set(STAGES)
+    assert all(values == {"median": 35.0, "p90": 47.0, "n": 4} for values in answer.latency_ms.values())
+
+
+def test_a_slow_engine_is_timed_at_least_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0.0)
+    answer = asked(Engine(), Question((), "p", repeats=100))
+    assert {values["n"] for values in answer.latency_ms.values()} == {1}
+
+
+def test_answers_are_no_longer_than_the_engine_allows() -> None:
+    assert Question((), "p").new_tokens(128) == ANSWER_TOKENS
+    assert Question((), "p").new_tokens(8) == 8
+    assert Question((), "p", 128).new_tokens(128) == 128
+    with pytest.raises(InputError, match=r"answer_tokens must be at most 8 \(the engine's max_new_tokens\), got 9"):
+        Question((), "p", 9).new_tokens(8)
+
+
+@pytest.mark.parametrize(("field", "value"), [("repeats", 0), ("answer_tokens", 0), ("answer_tokens", -1)])
+def test_counts_must_be_positive(field: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{field} must be at least 1, got {value}"):
+        Question((), "p", **{field: value})
+
+
+def test_pictures_and_places_are_counted_beforehand(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(path)
+    Question((path, path), question_prompt("Why?", 2)).check()
+    with pytest.raises(InputError, match=r"one <image> for each image \(2\), got 1"):
+        Question((path, path), question_prompt("Why?", 1)).check()
+    with pytest.raises(InputError, match="must be an existing file"):
+        Question((tmp_path / "b.png",), question_prompt("Why?")).check()

@@ -1,0 +1,83 @@
+"""Arrays in, arrays and pictures out; both backends tell the same story point by point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.progress import Progress
+
+from engines.prune import Pruned, output_paths, overlays, prune_ort, prune_torch, read_pixels, write_outputs
+from flowcut.aliases import Model, resolve
+from flowcut.errors import ConfigError, InputError
+from flowcut.preprocess import ImageSettings
+from flowcut.schedule import make_schedule
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return resolve("llava-tiny")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rng = np.random.default_rng(4)
+    return rng.standard_normal((3, 3, 168, 168)).astype(np.float32)
+
+
+@pytest.mark.parametrize("spec", ["static", "masked"])
+def test_both_backends_trace_the_same_patches(model: Model, pixels: np.ndarray, spec: str) -> None:
+    schedule = make_schedule(spec, model.config.vision, 16)
+    eager, graph = prune_torch(model, schedule, pixels), prune_ort(model, schedule, pixels, Progress(disable=True))
+    assert [layer for layer, _ in graph.trace] == [layer for layer, _ in eager.trace] == [1, 3, 5, 7, 9]
+    for (layer, ours), (_, theirs) in zip(graph.trace, eager.trace, strict=True):
+        assert [len(numbers) for numbers in ours] == graph.counts[:, layer + 1].tolist()
+        assert [numbers.tolist() for numbers in ours] == [numbers.tolist() for numbers in theirs]
+    np.testing.assert_array_equal(graph.kept, np.stack(graph.trace[-1][1]))
+
+
+def test_adaptive_graph_is_refused(model: Model, pixels: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match="'adaptive': its lengths depend on the picture"):
+        prune_ort(model, make_schedule("adaptive", model.config.vision, 16), pixels, Progress(disable=True))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "uint16", ">f4"])
+def test_pixels_of_any_real_type_are_read(tmp_path: Path, dtype: str) -> None:
+    array = np.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).astype(dtype)
+    for order in ("C", "F"):
+        np.save(tmp_path / "a.npy", np.asarray(array, order=order))
+        got = read_pixels(tmp_path / "a.npy", 4)
+        assert got.dtype == np.float32
+        assert got.dtype.isnative
+        assert got.flags.c_contiguous
+        assert got.flags.writeable
+        np.testing.assert_array_equal(got, array)
+
+
+def test_pages_are_numbered_when_there_are_several(tmp_path: Path) -> None:
+    out, overlay = tmp_path / "kept.npz", tmp_path / "page.png"
+    assert output_paths(None, None, 3) == ([], [])
+    assert output_paths(out, overlay, 1) == ([out], [overlay])
+    assert output_paths(out, overlay, 2) == ([out], [tmp_path / "page-0.png", tmp_path / "page-1.png"])
+    with pytest.raises(InputError, match="out and overlay must be different files"):
+        output_paths(tmp_path / "page-1.png", overlay, 2)
+    (tmp_path / "page-1.png").mkdir()
+    with pytest.raises(InputError, match="overlay must be a file in an existing directory"):
+        output_paths(None, overlay, 2)
+
+
+def test_written_files_hold_what_was_given(tmp_path: Path, model: Model, pixels: np.ndarray) -> None:
+    kept, counts = np.array([[1, 5]]), np.full((1, 13), 2)
+    pruned = Pruned(kept, counts, np.ones((1, 2, 128), np.float32), [(9, [kept[0]])])
+    pages = overlays(pruned, pixels[:1], ImageSettings.from_directory(model.files, 168), 12)
+    out, page = tmp_path / "a.npz", tmp_path / "a.png"
+    out.write_text("old")
+    assert write_outputs(pruned, pages, ([out], [page])) == [str(out), str(page)]
+    with np.load(out) as data:
+        np.testing.assert_array_equal(data["kept"], kept)
+        np.testing.assert_array_equal(data["counts"], counts)
+        assert data["features"].shape == (1, 2, 128)
+    np.testing.assert_array_equal(np.asarray(Image.open(page)), np.asarray(pages[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
