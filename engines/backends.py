@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from flowcut.deps import require
 from flowcut.errors import EngineError
@@ -40,6 +41,39 @@ def trt_module(backend: str) -> ModuleType:
             f"{MODULES[backend]} is installed but does not load: {error}. "
             "Install its libraries from NVIDIA's package index, or use BACKEND=rtx or BACKEND=ort."
         ) from None
+
+
+def check_build(backend: Backend, compute_capabilities: Sequence[str]) -> None:
+    """Raise unless this machine can build for `backend` and the named GPUs; cheap enough to ask before an export.
+
+    Raises:
+        EngineError: unknown or superfluous targets, or trt where there is no GPU to build for.
+        FlowCutError: the library is not installed.
+    """
+    got = ", ".join(compute_capabilities)
+    if backend == "ort":
+        if got:
+            raise EngineError(f"compute_capability must be left out for backend ort (nothing is compiled), got {got}.")
+        return
+    known = target_capabilities(trt_module(backend))
+    if got and not known:
+        raise EngineError(f"compute_capability must be left out for backend {backend}, got {got}.")
+    if unknown := [name for name in compute_capabilities if name.lower() not in known]:
+        raise EngineError(
+            f"compute_capability must be one of {', '.join(known)}, got {', '.join(unknown)}. "
+            "Without one, engines are for Ampere and later."
+        )
+    if backend == "trt" and not gpu_present():
+        raise EngineError(
+            "backend trt must have an NVIDIA GPU to build for, got none. "
+            "Use BACKEND=rtx, which compiles without one, or BACKEND=ort."
+        )
+
+
+def target_capabilities(trt: ModuleType) -> dict[str, Any]:
+    """GPUs that `trt` can be told to build for, by name ("sm86"); none with full TensorRT, which builds for its own."""
+    members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    return {name.lower(): member for name, member in members.items() if name.startswith("SM")}
 
 
 def gpu_present() -> bool:

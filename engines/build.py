@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 
 from rich.progress import Progress
 
-from engines.backends import gpu_present
+from engines.backends import Backend, check_build
 from engines.compiler import BuildReport, BuildRequest, compile_engine
 from engines.progress import Phases
 from flowcut.contract import GraphContract
@@ -49,7 +49,7 @@ def build_engine(
     onnx_path: Path,
     engine_path: Path,
     contract: GraphContract,
-    backend: str,
+    backend: Backend,
     compute_capabilities: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BuildReport:
@@ -61,11 +61,7 @@ def build_engine(
     Raises:
         EngineError: graph, target, library, GPU or disk; `engine_path` is then removed, as on Ctrl-C.
     """
-    if backend == "trt" and not gpu_present():
-        raise EngineError(
-            "backend trt must have an NVIDIA GPU to build for, got none. "
-            "Use BACKEND=rtx, which compiles without one, or BACKEND=ort."
-        )
+    check_build(backend, compute_capabilities)
     level = LOG.getEffectiveLevel()
     request = BuildRequest(onnx_path, engine_path, contract, backend, tuple(compute_capabilities), level)
     phases = Phases(contract.name, progress)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends import trt_module
+from engines.backends import target_capabilities, trt_module
 from engines.listeners import BuildLog, Channel, Notify, make_logger, make_monitor, make_writer
 from engines.profiles import add_profile
 from flowcut.contract import GraphContract
@@ -163,15 +163,11 @@ def _target(trt: Any, config: Any, names: Sequence[str]) -> None:
     """Name the GPUs to build for; none means TensorRT's default (RTX: Ampere and later; full: the present one)."""
     if not names:
         return
-    if not hasattr(trt, "ComputeCapability"):
-        raise EngineError("compute_capabilities must be empty for backend trt, which builds for the present GPU.")
-    known = {n.lower(): c for n, c in trt.ComputeCapability.__members__.items() if n.startswith("SM")}
-    if unknown := [n for n in names if n.lower() not in known]:
-        raise EngineError(f"compute_capabilities must be among {', '.join(known)}, got {', '.join(unknown)}.")
+    known = target_capabilities(trt)
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         if not config.set_compute_capability(known[name.lower()], index):
-            raise EngineError(f"compute_capabilities must be supported together, got {', '.join(names)}.")
+            raise EngineError(f"compute_capability must be supported together, got {', '.join(names)}.")
 
 
 def _write(session: _Session, config: Any, request: BuildRequest) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from engines.backends import Backend, resolve_backend, trt_module
+from engines.backends import Backend, check_build, resolve_backend
 from engines.build import BuildReport, build_engine, check_precision
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import (
@@ -94,7 +94,7 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
     """
     backend = resolve_backend(settings.backend)
     check_precision(backend, settings.precision)
-    _check_targets(backend, settings.compute_capabilities)
+    check_build(backend, settings.compute_capabilities)
     require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     tokens = token_count(settings.tokens, model.config.vision.patches)
@@ -207,25 +207,6 @@ def _compile(
             report = build_engine(onnx_path, engine_path, contract, backend, compute_capabilities, progress)
         reports[contract.name] = report
     return reports
-
-
-def _check_targets(backend: Backend, names: Sequence[str]) -> None:
-    """A missing library or an unknown GPU should not be noticed after the export."""
-    if backend == "ort":
-        if names:
-            raise ConfigError(
-                f"compute_capability must be left out for backend ort, which compiles nothing, got {', '.join(names)}."
-            )
-        return
-    capabilities = getattr(trt_module(backend), "ComputeCapability", None)
-    if names and capabilities is None:
-        raise ConfigError(f"compute_capability must be left out for backend {backend}, got {', '.join(names)}.")
-    known = [name.lower() for name in getattr(capabilities, "__members__", ()) if name.startswith("SM")]
-    if unknown := [name for name in names if name.lower() not in known]:
-        raise ConfigError(
-            f"compute_capability must be one of {', '.join(known)}, got {', '.join(unknown)}. "
-            "Without one, engines are for Ampere and later."
-        )
 
 
 def _limits(settings: BuildSettings, positions: int, tokens: int) -> Limits:

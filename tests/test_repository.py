@@ -18,8 +18,13 @@ FOLDERS = {*PACKAGES, "tests", "docs", ".ci"}
 FILES = {
     *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
 }
-# Modules that are torch code and may import it at the top.
-TORCH_CODE = {"flowcut.language", "flowcut.loading", "flowcut.pruner", "flowcut.scoring", "flowcut.vision"}
+# Modules that are torch code, or code that writes ONNX, and what they may import at the top.
+TORCH_CODE = {f"flowcut.{name}" for name in ("language", "loading", "pruner", "scoring", "vision")}
+MAY_NEED = {name: {"torch", "triton"} for name in TORCH_CODE}
+MAY_NEED |= {
+    f"export.{name}": {"onnx", "onnx_ir"} for name in ("builder", "flow_score", "language", "pruning", "vision")
+}
+MAY_NEED |= {"engines.reference": {"torch", "triton", "polygraphy"}}
 OPTIONAL = (
     *("torch", "transformers", "triton", "safetensors", "ml_dtypes", "huggingface_hub"),
     *("onnx", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy"),
@@ -61,17 +66,17 @@ def import_failures(blocked: tuple[str, ...], names: list[str]) -> dict[str, str
 
 
 def test_importing_needs_only_the_base_dependencies() -> None:
-    names = [name for name in modules() if name not in TORCH_CODE]
+    names = [name for name in modules() if name not in MAY_NEED]
     assert len(names) > 10
     assert import_failures(OPTIONAL, names) == {}
 
 
-def test_torch_code_needs_torch_and_nothing_else_optional() -> None:
-    assert set(modules()) >= TORCH_CODE
-    assert import_failures(OPTIONAL, sorted(TORCH_CODE)).keys() == TORCH_CODE, (
-        "no longer torch code: take it off the list"
-    )
-    assert import_failures(tuple(set(OPTIONAL) - {"torch", "triton"}), sorted(TORCH_CODE)) == {}
+@pytest.mark.parametrize("needs", sorted({tuple(sorted(n)) for n in MAY_NEED.values()}), ids=",".join)
+def test_some_modules_need_one_library_and_no_other(needs: tuple[str, ...]) -> None:
+    names = sorted(name for name, libraries in MAY_NEED.items() if tuple(sorted(libraries)) == needs)
+    assert set(modules()) >= set(names)
+    assert import_failures(OPTIONAL, names).keys() == set(names), "needs none of them any more: take it off the list"
+    assert import_failures(tuple(set(OPTIONAL) - set(needs)), names) == {}
 
 
 def test_no_module_is_named_after_a_library() -> None:

@@ -181,7 +181,7 @@ def test_an_engine_path_that_cannot_be_opened_is_reported(paths: tuple[Path, Pat
 
 @needs_rtx
 def test_an_unknown_gpu_is_refused_with_the_known_ones(paths: tuple[Path, Path]) -> None:
-    with pytest.raises(EngineError, match=r"compute_capabilities must be among sm75, .*sm120.*, got sm99\."):
+    with pytest.raises(EngineError, match=r"compute_capability must be one of sm75, .*sm120.*, got sm99\."):
         build_engine(*paths, dense_graph(paths[0]), "rtx", ["sm86", "sm99"])
 
 
