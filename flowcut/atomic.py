@@ -58,6 +58,7 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     with _write_errors(target):
         check(target)
+        new_parent = not target.parent.exists()
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent):
             _clean(target)
@@ -73,6 +74,9 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # after a swap this is the old directory
             os.close(lock)
+            if new_parent:
+                with suppress(OSError):  # not empty: the target is in it
+                    target.parent.rmdir()
 
 
 def write_file(path: Path, content: bytes) -> None:
