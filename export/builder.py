@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OPSET = 24
 IR_VERSION = 11
 SaveProgress = Callable[[str, int, int], None]
-"""Called with a tensor's name, its index and the number of tensors, before it is written."""
+"""Called with the name of a tensor, its index and their number, before it goes into the .data file."""
 
 
 def ir_dtype(name: str) -> ir.DataType:
