@@ -60,14 +60,16 @@ DEV         := $(call stamp,dev)
 help:
 	@: $(info $(HELP))
 
-# Through the environment, so that a question may hold quotes and spaces.
-engine: export MODEL := $(MODEL)
-engine: export IMAGE := $(IMAGE)
-engine: export QUESTION := $(QUESTION)
+# Through the environment and unexpanded, so that a question may hold quotes, spaces and dollars.
+engine: export FLOWCUT_MODEL := $(value MODEL)
+engine: export FLOWCUT_SCHEDULE := $(value SCHEDULE)
+engine: export FLOWCUT_IMAGE := $(value IMAGE)
+engine: export FLOWCUT_QUESTION := $(value QUESTION)
 engine: $(ENGINE)
-	@$(BIN)/flowcut engine "$$MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) --schedule $(SCHEDULE) \
-	  --precision $(PRECISION) --backend $(BACKEND) $(addprefix --decoder-layers ,$(DECODER_LAYERS)) \
-	  --out-root build --ask $${IMAGE:+--image "$$IMAGE"} $${QUESTION:+--question "$$QUESTION"} $(ARGS)
+	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) \
+	  --schedule "$$FLOWCUT_SCHEDULE" --precision $(PRECISION) --backend $(BACKEND) \
+	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \
+	  $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"} $(ARGS)
 
 setup: $(DEV)
 
@@ -101,7 +103,9 @@ $(VENV)/.made:
 
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
 	@echo "Installing .[$(subst -,$(comma),$*)] into $(VENV). The first time this takes minutes, in silence."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(subst -,$(comma),$*)]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(subst -,$(comma),$*)]' || { \
+	  echo "pip must be able to install .[$(subst -,$(comma),$*)], got the error above. TensorRT's library (BACKEND=trt)" \
+	    "comes from pypi.nvidia.com; BACKEND=rtx and BACKEND=ort need only the package index." >&2; exit 1; }
 	@touch $@
 
 clean:

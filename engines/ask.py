@@ -17,6 +17,8 @@ from flowcut.prompt import IMAGE, question_prompt
 
 ANSWER_TOKENS = 32
 STAGES = ("preprocess", "vision", "prefill", "time_to_first_token", "decode_per_token")
+Summary = dict[str, float | None]
+"""Of one stage."""
 PATIENCE_S = 20.0
 """No further repeat starts after this long; n says how many there were."""
 
@@ -73,12 +75,13 @@ class Answer:
     Attributes:
         generation: of the run before the counted ones.
         prompt_tokens: length of the prompt with its visual tokens.
-        latency_ms: per stage its "median", "p90" and "n" over the counted runs.
+        latency_ms: per stage its "median" and "p90" over the "n" counted runs that had it; None where none had, as
+            "decode_per_token" of an answer that ends at its first token.
     """
 
     generation: Generation
     prompt_tokens: int
-    latency_ms: Mapping[str, Mapping[str, float]]
+    latency_ms: Mapping[str, Summary]
 
     def to_dict(self, engine: LlavaEngine) -> dict[str, Any]:
         """What the last line of `flowcut run` holds."""
@@ -86,6 +89,7 @@ class Answer:
         return {
             "answer": self.generation.texts[0],
             "token_ids": self.generation.token_ids[0],
+            "ended": self.generation.ended[0],
             "kept": [numbers.tolist() for numbers in self.generation.kept[0]],
             "prompt_tokens": self.prompt_tokens,
             "latency_ms": {stage: dict(values) for stage, values in self.latency_ms.items()},
@@ -111,13 +115,12 @@ def ask(engine: LlavaEngine, question: Question) -> Answer:
     return Answer(first, first.prompt_tokens[0], _summary(runs))
 
 
-def _summary(runs: Sequence[Generation]) -> dict[str, dict[str, float]]:
-    summary = {}
-    for stage in STAGES:
-        values = [run.latency_ms[stage] for run in runs]
-        summary[stage] = {
-            "median": round(float(np.median(values)), 3),
-            "p90": round(float(np.percentile(values, 90)), 3),
-            "n": len(values),
-        }
-    return summary
+def _summary(runs: Sequence[Generation]) -> dict[str, Summary]:
+    return {stage: _of_stage([run.latency_ms[stage] for run in runs if stage in run.latency_ms]) for stage in STAGES}
+
+
+def _of_stage(values: Sequence[float]) -> Summary:
+    if not values:
+        return {"median": None, "p90": None, "n": 0}
+    median, p90 = float(np.median(values)), float(np.percentile(values, 90))
+    return {"median": round(median, 3), "p90": round(p90, 3), "n": len(values)}

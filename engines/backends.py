@@ -76,6 +76,24 @@ def target_capabilities(trt: ModuleType) -> dict[str, Any]:
     return {name.lower(): member for name, member in members.items() if name.startswith("SM")}
 
 
+def built_for(backend: Backend, compute_capabilities: Sequence[str]) -> tuple[str, ...]:
+    """What a build's engines run on, for the manifest: "sm86" and so on; none for ort."""
+    if compute_capabilities:
+        return tuple(name.lower() for name in compute_capabilities)
+    return {"ort": (), "rtx": ("sm80 and later",), "trt": (_gpu_capability(),)}[backend]
+
+
+def _gpu_capability() -> str:
+    """The first GPU's compute capability, "unknown" where the driver does not tell."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "unknown"
+    major, minor = ctypes.c_int(0), ctypes.c_int(0)
+    codes = [cuda.cuInit(0), *(cuda.cuDeviceGetAttribute(ctypes.byref(x), n, 0) for x, n in ((major, 75), (minor, 76)))]
+    return f"sm{major.value}{minor.value}" if not any(codes) else "unknown"
+
+
 def gpu_present() -> bool:
     """Whether the NVIDIA driver answers and counts at least one device. Needs neither torch nor the CUDA toolkit."""
     try:

@@ -37,11 +37,12 @@ LOG = logging.getLogger("flowcut.tensorrt")
 
 
 def check_precision(backend: str, precision: str) -> None:
-    """Refuse fp32 for rtx before anything is exported or parsed."""
-    if backend == "rtx" and precision == "fp32":
+    """Refuse fp32 for rtx and trt before anything is exported or parsed."""
+    if backend != "ort" and precision == "fp32":
         raise EngineError(
-            "precision must be fp16 for backend rtx, got 'fp32': TensorRT-RTX has no float32 attention kernel with a "
-            'KV cache (it reports "not decomposable"). Use PRECISION=fp16, or BACKEND=ort for fp32.'
+            f"precision must be fp16 for backend {backend}, got 'fp32': TensorRT-RTX has no float32 attention kernel "
+            'with a KV cache (it reports "not decomposable"), and TensorRT is not known to have one. '
+            "Use PRECISION=fp16, or BACKEND=ort for fp32."
         )
 
 

@@ -32,7 +32,7 @@ def cuda_core(backend: str) -> Any:
         return importlib.import_module("cuda.core")
     except ImportError as error:
         raise FlowCutError(
-            f"cuda.core cannot be imported ({error}). Install it with: pip install 'flowcut-trt[{backend}]'"
+            f"cuda.core cannot be imported ({error}). In the checkout: pip install -e '.[{backend}]'"
         ) from None
 
 
@@ -88,6 +88,6 @@ class CudaDevice:
 
 
 def host_view(buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The first bytes of pinned memory as an array that shares them."""
+    """The first bytes of pinned memory as an array that shares them. Before numpy 2.1 it could not be written to."""
     array: NDArray[Any] = np.from_dlpack(buffer).view(np.uint8)[: math.prod(shape) * dtype.itemsize]
     return array.view(dtype).reshape(shape)

@@ -81,16 +81,16 @@ def choose_backend(manifest: Manifest, name: str) -> Backend:
 
 
 def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> None:
-    """Compare the files with the manifest: sizes of all, hashes of those that steer the run.
+    """Compare the files with the manifest: sizes of all, hashes of those that `backend` uses.
 
-    A plan file is executable code, so it is hashed before the library sees it: about a second per GB. Weights beside
-    an ONNX file are data and only measured; `flowcut.artifacts.check_files` hashes them too.
+    A plan is executable code and weights decide what is answered, so both are hashed before the library sees them:
+    about a second per GB. Files of another backend are only measured; `flowcut.artifacts.check_files` hashes all.
 
     Raises:
         EngineError: files that are missing or differ, all of them named.
     """
-    suffix = "onnx" if backend == "ort" else "engine"
-    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in GRAPHS)}
+    suffixes = ("onnx", "onnx.data") if backend == "ort" else ("engine",)
+    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in GRAPHS for suffix in suffixes)}
     problems = [f"{name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]
     for name, record in sorted(manifest.files.items()):
         path = directory / name

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
-from engines.backends import Backend, check_build, resolve_backend
+from engines.backends import Backend, built_for, check_build, resolve_backend, trt_module
 from engines.build import BuildReport, build_engine, check_precision
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import (
@@ -27,6 +27,7 @@ from flowcut.artifacts import (
     check_space,
     installed_versions,
     publish,
+    read_manifest,
     timestamp,
     write_manifest,
 )
@@ -34,7 +35,7 @@ from flowcut.checkpoint import expected_tensors
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
 from flowcut.deps import require
-from flowcut.errors import CheckpointError, ConfigError
+from flowcut.errors import CheckpointError, ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 from flowcut.schedule import Schedule, default_tokens, make_schedule
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("flowcut.engines")
 TEXT_TOKENS = 192
 """Room for a prompt's text where --max-prompt does not say otherwise."""
-CODE_BYTES = 100 << 20
-"""Disk for what an engine holds beside its weights."""
+CODE_BYTES, SETTINGS_BYTES = 100 << 20, 5 << 20
+"""Disk for what the engines hold beside their weights, and for all that is neither weights nor engine."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,13 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A published directory and what making it took. `reports` is empty for backend ort."""
+    """A published directory and what making it took. `reports` is empty for backend ort; `replaced` says what stood
+    there before, if that was a build of something else."""
 
     directory: Path
     manifest: Manifest
     reports: Mapping[str, BuildReport] = field(default_factory=dict)
+    replaced: str = ""
 
 
 def build_directory(settings: BuildSettings, progress: Progress) -> Built:
@@ -106,8 +109,9 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
     target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
     check_replaceable(target)
     weight_bytes = _weight_bytes(model, settings.precision)
-    check_space(target, weight_bytes * (1 if backend == "ort" else 2) + CODE_BYTES)
+    check_space(target, weight_bytes + SETTINGS_BYTES + (0 if backend == "ort" else weight_bytes + CODE_BYTES))
 
+    replaced = _standing(target)
     seconds: dict[str, float] = {}
     with publish(target) as directory:
         contracts = export_graphs(model, schedule, settings.precision, limits, directory, seconds, progress)
@@ -117,7 +121,22 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
         shutil.copyfile(model.files / "tokenizer.json", directory / "tokenizer.json")
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
         manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
-    return Built(target, manifest, reports)
+    return Built(target, manifest, reports, "" if replaced == _summary(manifest) else replaced)
+
+
+def _standing(target: Path) -> str:
+    """What is at `target` now, in words; empty for nothing readable."""
+    try:
+        return _summary(read_manifest(target))
+    except FlowCutError:
+        return ""
+
+
+def _summary(manifest: Manifest) -> str:
+    """What tells apart builds that share a directory's name."""
+    layers = manifest.geometry.text.num_hidden_layers
+    weights = manifest.note or f"checkpoint {manifest.source_sha256[:8]}"
+    return f"{weights}, schedule {manifest.schedule['kind']}, {layers} decoder layers"
 
 
 def token_count(tokens: int | str | None, patches: int) -> int:
@@ -176,6 +195,7 @@ def save_graph(graph: ir.Model, path: Path, progress: Progress) -> None:
     """Write one graph, showing which tensor is being written."""
     from export.builder import save
 
+    LOG.info("%s: export", path.stem)
     task = progress.add_task(f"{path.stem}: export", total=None)
     try:
         save(graph, path, lambda _, index, total: progress.update(task, completed=index + 1, total=total))
@@ -238,6 +258,20 @@ def _read_tokenizer(model: Model) -> None:
     Tokenizer.from_file(path, model.config.image_token_id, model.config.text.vocab_size)
 
 
+def _source(model: str) -> str:
+    """Where `verify` may find the checkpoint again."""
+    directory = Path(model).expanduser()
+    return str(directory.resolve()) if directory.is_dir() else model
+
+
+def _versions(backend: Backend) -> dict[str, str]:
+    """Installed distributions and, whatever its distribution is called, the library that compiled."""
+    if backend == "ort":
+        return installed_versions()
+    library = trt_module(backend)
+    return installed_versions() | {library.__name__: str(library.__version__)}
+
+
 def _weight_bytes(model: Model, precision: str) -> int:
     elements = sum(prod(shape) for shape in expected_tensors(model.config).values())
     return elements * (4 if precision == "fp32" else 2)
@@ -253,6 +287,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         model=model.name,
+        source=_source(settings.model),
         weights="random" if model.weights.random else "checkpoint",
         note=model.note,
         source_sha256=model.weights.sha256,
@@ -262,8 +297,8 @@ def _manifest(
         precision=settings.precision,
         backend=backend,
         limits=limits,
-        versions=installed_versions(),
-        compute_capabilities=settings.compute_capabilities,
+        versions=_versions(backend),
+        compute_capabilities=built_for(backend, settings.compute_capabilities),
         created=timestamp(),
         seed=settings.seed if model.weights.random else 0,
         build_seconds={name: round(value, 2) for name, value in seconds.items()},

@@ -35,7 +35,8 @@ class PruneSettings:
 
     Attributes:
         tokens: patches kept per picture, an int or "all"; None: 11.1% of the patches.
-        schedule: "adaptive", "static", "masked" or the name of a schedule .json file.
+        schedule: "adaptive", "static", "masked" or the name of a schedule .json file; None: adaptive in torch, masked,
+            which keeps the same patches, on ONNX Runtime.
         backend: "torch" or "ort", which has no adaptive schedule.
         out, overlay: see `output_paths`.
     """
@@ -44,7 +45,7 @@ class PruneSettings:
     random: bool = False
     seed: int = 0
     tokens: int | str | None = None
-    schedule: str = "adaptive"
+    schedule: str | None = None
     backend: str = "torch"
     images: tuple[Path, ...] = ()
     pixels: Path | None = None
@@ -98,7 +99,8 @@ def prune(settings: PruneSettings, progress: Progress) -> Outcome:
     """
     model = resolve(settings.model, random=settings.random, seed=settings.seed)
     vision = model.config.vision
-    schedule = make_schedule(settings.schedule, vision, token_count(settings.tokens, vision.patches))
+    name = settings.schedule or ("masked" if settings.backend == "ort" else "adaptive")
+    schedule = make_schedule(name, vision, token_count(settings.tokens, vision.patches))
     image_settings = ImageSettings.from_directory(model.files, vision.image_size)
     if settings.pixels is None:
         pixels = pixel_values([open_image(path) for path in settings.images], image_settings)

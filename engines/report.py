@@ -28,6 +28,8 @@ STAGES = {
 def built(console: Console, result: Built) -> None:
     """Where the engine is, what is in it and what making it took."""
     _heading(console, f"built {result.directory}")
+    if result.replaced:
+        console.print(Text(f"in place of a build of something else: {result.replaced}"))
     table = _table("file", "size")
     for name, record in sorted(result.manifest.files.items()):
         table.add_row(name, _size(record.bytes))
@@ -44,15 +46,17 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
     text = answer.generation.texts[0]
     _field(console, "prompt", " ".join(question.prompt.split()))
     _field(console, "answer", ascii(text) if plain else repr(text))
+    if not answer.generation.ended[0]:
+        _field(console, "", f"cut after {len(answer.generation.token_ids[0])} tokens; --answer-tokens N asks for more")
     for path, numbers in zip(question.images, answer.generation.kept[0], strict=True):
         _field(console, "picture", str(path))
         _field(console, "kept", f"{len(numbers)} of {manifest.geometry.vision.patches} patches")
         console.print(_map(numbers.tolist(), manifest.geometry.vision.grid, "#." if plain else "█·"))
-    runs = max(int(values["n"]) for values in answer.latency_ms.values())
+    runs = max(int(values["n"] or 0) for values in answer.latency_ms.values())
     _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {answer.prompt_tokens} prompt tokens, batch 1")
     table = _table(f"milliseconds over {runs} run{'s' * (runs > 1)}", "median", "p90")
     for stage, values in answer.latency_ms.items():
-        table.add_row(STAGES[stage], f"{values['median']:.2f}", f"{values['p90']:.2f}")
+        table.add_row(STAGES[stage], _milliseconds(values["median"]), _milliseconds(values["p90"]))
     console.print(table)
     if engine.backend != manifest.backend:
         console.print(
@@ -66,7 +70,8 @@ def pruned(console: Console, outcome: Outcome) -> None:
     """Patches left after each pruning point, a row per picture."""
     result, patches = outcome.pruned, outcome.schedule.patches
     if result.trace:
-        _heading(console, "patches left at the input and after each layer that prunes")
+        kind = outcome.schedule.kind
+        _heading(console, f"schedule {kind}: patches left at the input and after each layer that prunes")
         table = _table("picture", "input", *[str(layer) for layer, _ in result.trace])
         for i in range(len(result.kept)):
             table.add_row(str(i), str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
@@ -132,6 +137,10 @@ def _table(first: str, *numbers: str) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _size(count: int) -> str:

@@ -69,7 +69,8 @@ class Generation:
         kept: see Prefill.
         prompt_tokens: per prompt its length with its visual tokens.
         latency_ms: as in Prefill, then "time_to_first_token" from the call on, "decode" for all further tokens,
-            "decode_per_token" for one step of the whole batch, and "total".
+            "decode_per_token" for one step of the whole batch (absent where every answer ended at its first token, so
+            that no step was run), and "total".
     """
 
     texts: list[str]
@@ -85,8 +86,9 @@ def load_engine(directory: Path | str, backend: str = "auto", threads: int | Non
 
     Args:
         backend: "rtx" or "trt", which must be the one the directory was built for; "ort" for ONNX Runtime (CUDA where
-            onnxruntime-gpu and a GPU are present, else the CPU); "auto" for the directory's own, or ort where that
-            cannot run.
+            onnxruntime-gpu and a GPU are present, else the CPU); "auto" for the directory's own, or ort where there is
+            no GPU or its library is not installed. A plan that is refused, as one for another GPU or version is, is an
+            error with "auto" too.
         threads: of ONNX Runtime on the CPU; None leaves it to choose.
 
     Raises:
@@ -176,7 +178,7 @@ class LlavaEngine:
             **prefill.latency_ms,
             "time_to_first_token": (first - start) * 1e3,
             "decode": decode_ms,
-            "decode_per_token": decode_ms / max(count, 1),
+            **({"decode_per_token": decode_ms / count} if count else {}),
             "total": (time.perf_counter() - start) * 1e3,
         }
         return Generation(texts, answers.token_ids, answers.ended, prefill.kept, prefill.lengths.tolist(), latency_ms)

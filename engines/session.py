@@ -7,6 +7,7 @@ request: past.* and present.* bound to the same memory.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -19,13 +20,15 @@ from numpy.typing import NDArray
 
 from engines.backends import gpu_present
 from engines.profiles import check_tensors
-from flowcut.contract import GraphContract, TensorSpec
+from flowcut.contract import GraphContract, TensorSpec, past_names, present_names
 from flowcut.deps import require
 from flowcut.errors import EngineError
 
 LOG = logging.getLogger("flowcut.onnxruntime")
 
 Array = NDArray[Any]
+# TF32, its default, rounds float32 products to 10 bits, and near-equal flow scores would rank differently.
+CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": 0})
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called as numpy does
 
 
@@ -89,13 +92,23 @@ class Session(Protocol):
 
 
 def state_pairs(contract: GraphContract) -> list[tuple[TensorSpec, str]]:
-    """Cache inputs, each with the name of the output that shares its memory."""
-    return [(s, "present." + s.name.removeprefix("past.")) for s in contract.inputs if s.name.startswith("past.")]
+    """Cache inputs, each with the name of the output that shares its memory; none for a graph without a cache."""
+    inputs = {s.name: s for s in contract.inputs}
+    layers = itertools.takewhile(lambda layer: past_names(layer)[0] in inputs, itertools.count())
+    names = (pair for layer in layers for pair in zip(past_names(layer), present_names(layer), strict=True))
+    return [(inputs[past], present) for past, present in names]
+
+
+def feeds_of(contract: GraphContract) -> list[TensorSpec]:
+    """Inputs that are not the cache."""
+    cache = {spec.name for spec, _ in state_pairs(contract)}
+    return [s for s in contract.inputs if s.name not in cache]
 
 
 def results_of(contract: GraphContract) -> list[TensorSpec]:
     """Outputs that are not the cache."""
-    return [s for s in contract.outputs if not s.name.startswith("present.")]
+    cache = {present for _, present in state_pairs(contract)}
+    return [s for s in contract.outputs if s.name not in cache]
 
 
 def sizes_of(contract: GraphContract, feeds: Mapping[str, Array | DeviceTensor], state: State | None) -> dict[str, int]:
@@ -104,7 +117,7 @@ def sizes_of(contract: GraphContract, feeds: Mapping[str, Array | DeviceTensor],
     Raises:
         EngineError: names, dtypes, shapes or ranges that differ.
     """
-    specs = [s for s in contract.inputs if not s.name.startswith("past.")]
+    specs = feeds_of(contract)
     if feeds.keys() != {s.name for s in specs}:
         wanted, got = sorted(s.name for s in specs), sorted(feeds)
         raise EngineError(
@@ -114,7 +127,7 @@ def sizes_of(contract: GraphContract, feeds: Mapping[str, Array | DeviceTensor],
     sizes = {} if state is None else {"batch": state.batch}
     for spec in specs:
         _measure(contract, spec, feeds[spec.name], sizes)
-    if (state is None) == any(s.name.startswith("past.") for s in contract.inputs):
+    if (state is None) == (len(specs) < len(contract.inputs)):
         raise EngineError(f"{contract.name} must be run {'with' if state is None else 'without'} a state.")
     return sizes
 
@@ -157,10 +170,14 @@ class OrtTensor:
 
 @dataclass(frozen=True)
 class OrtState:
-    """A binding in which every cache input and its output are one OrtValue, so that TensorScatter does not copy."""
+    """A binding in which every cache input and its output are one OrtValue, so that TensorScatter does not copy.
+
+    caches: these OrtValues, which own the memory: before ONNX Runtime 1.30 a binding holds nothing but its address.
+    """
 
     batch: int
     binding: Any
+    caches: tuple[Any, ...]
 
 
 class OrtSession:
@@ -178,7 +195,7 @@ class OrtSession:
         self._ort = require("onnxruntime", extra="cpu")
         cuda = "CUDAExecutionProvider" in self._ort.get_available_providers() and gpu_present()
         self.device = "cuda" if cuda else "cpu"
-        providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
+        providers = [CUDA_PROVIDER] * cuda + ["CPUExecutionProvider"]
         try:
             self._session = self._ort.InferenceSession(path, _options(self._ort, threads), providers=providers)
         except Exception as error:  # its errors share no base class
@@ -190,15 +207,18 @@ class OrtSession:
         check_tensors(f"{contract.name} outputs", contract.outputs, _specs(self._session.get_outputs()))
 
     def allocate_state(self, batch: int) -> OrtState:
-        """See Session. Fresh memory each time: the zeros come from the operating system page by page as rows are used,
-        which costs less than clearing a used cache, and nothing of an earlier request can remain in it."""
-        binding = self._session.io_binding()
+        """See Session. Fresh memory each time, so that nothing of an earlier request can remain in it. On the CPU the
+        zeros come from the operating system page by page as rows are used, which costs less than clearing a used
+        cache. On CUDA the whole cache is copied from the host for every request, within its prefill's time: ONNX
+        Runtime has no call that clears memory on the device."""
+        binding, caches = self._session.io_binding(), []
         for spec, present in state_pairs(self.contract):
             zeros = np.zeros(spec.shape({"batch": batch}), spec.dtype)
             cache = self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device)
             binding.bind_ortvalue_input(spec.name, cache)
             binding.bind_ortvalue_output(present, cache)
-        return OrtState(batch, binding)
+            caches.append(cache)
+        return OrtState(batch, binding, tuple(caches))
 
     def run(
         self, feeds: Mapping[str, Array | DeviceTensor], state: State | None = None, keep: Collection[str] = ()

@@ -20,7 +20,7 @@ from engines.backends import trt_module
 from engines.cuda_device import REMEDY, CudaDevice, host_view
 from engines.listeners import BuildLog, make_logger
 from engines.profiles import NUMPY_NAMES, check_tensors
-from engines.session import Array, DeviceTensor, Result, State, results_of, sizes_of, state_pairs
+from engines.session import Array, DeviceTensor, Result, State, feeds_of, results_of, sizes_of, state_pairs
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.errors import EngineError
 
@@ -80,9 +80,8 @@ class TrtSession:
             )
         self._check_tensors()
         greatest = {name: r.max for name, r in contract.ranges.items()}
-        cache = [spec for spec, _ in state_pairs(contract)]
-        self._cache_bytes = {spec.name: _bytes(spec, greatest) for spec in cache}
-        staged = [s for s in contract.inputs if s not in cache] + results_of(contract)
+        self._cache_bytes = {spec.name: _bytes(spec, greatest) for spec, _ in state_pairs(contract)}
+        staged = feeds_of(contract) + results_of(contract)
         self._buffers = {s.name: device.allocate(_bytes(s, greatest)) for s in staged}
         self._staging = {s.name: device.pinned(_bytes(s, greatest)) for s in staged}
         self._free_caches: list[dict[str, Any]] = []
@@ -132,6 +131,16 @@ class TrtSession:
         for what, specs, wanted in (("inputs", self.contract.inputs, False), ("outputs", self.contract.outputs, True)):
             found = [s for s in self._specs() if (self._engine.get_tensor_mode(s.name) == output) == wanted]
             check_tensors(f"{self.contract.name} {what}", specs, found)
+        self._check_aliases()
+
+    def _check_aliases(self) -> None:
+        """Both are bound to the same memory, which is only right where the engine says that it updates in place."""
+        for past, present in state_pairs(self.contract):
+            if (got := self._engine.get_aliased_input_tensor(present)) != past.name:
+                raise EngineError(
+                    f"{self.contract.name} output {present} must be updated in place of {past.name}, got {got!r}. "
+                    "Build the engine again with the installed version."
+                )
 
     def _specs(self) -> Iterator[TensorSpec]:
         for name in (self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)):

@@ -48,7 +48,7 @@ def verify(directory: Path, *, checkpoint: str | None = None, seed: int = 0, sam
     Memory: one graph at a time in float32, 4 bytes a parameter (27 GB for a 7B decoder), in torch and on ONNX Runtime.
 
     Args:
-        checkpoint: a model as `flowcut engine` takes it; None finds that of an alias or of random weights itself.
+        checkpoint: a model as `flowcut engine` takes it; None takes the manifest's hint.
         seed: of pictures and prompts.
         samples: pictures, and prompts of different lengths; no more than the engine's limits.
 
@@ -321,7 +321,9 @@ def _open_weights(manifest: Manifest, checkpoint: str | None) -> Weights | None:
         return resolve(checkpoint, decoder_layers=layers).weights
     if manifest.weights == "random":
         return random_weights(manifest.geometry, manifest.seed)
-    return resolve(manifest.model, decoder_layers=layers).weights if manifest.model in ALIASES else None
+    if manifest.source in ALIASES or Path(manifest.source).is_dir():
+        return resolve(manifest.source, decoder_layers=layers).weights
+    return None
 
 
 def _sizes(contract: GraphContract, feeds: Feeds) -> dict[str, int]:

@@ -82,9 +82,17 @@ class GraphBuilder:
     def computed_weight(
         self, name: str, shape: tuple[int, ...], precision: str, load: Callable[[], np.ndarray[Any, Any]]
     ) -> ir.Value:
-        """An initializer whose values `load` returns when the file is written; converted to `precision` then."""
-        if name not in self._initializers:
-            dtype = ir_dtype(NUMPY_DTYPE[precision])
+        """An initializer whose values `load` returns when the file is written; converted to `precision` then.
+
+        Raises:
+            ValueError: `name` is one of another shape or precision already.
+        """
+        dtype = ir_dtype(NUMPY_DTYPE[precision])
+        if name in self._initializers:
+            known = self._initializers[name]
+            if known.dtype != dtype or known.shape is None or known.shape.numpy() != shape:
+                raise ValueError(f"{name} must be one weight, got {known.dtype}{known.shape} and {dtype}{list(shape)}.")
+        else:
 
             def convert() -> ir.Tensor[Any]:
                 return ir.Tensor(np.ascontiguousarray(load().astype(dtype.numpy())), name=name)

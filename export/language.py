@@ -46,7 +46,8 @@ def language_model(
     Args:
         weights: checkpoint to read from.
         contract: of flowcut.contract.language_contract, made for the same geometry and precision.
-        precision: of weights, cache and arithmetic; norms and logits are float32 inside and out.
+        precision: of weights, cache and arithmetic. Norms compute in float32 and return `precision`; logits are float32
+            in name: computed in `precision`, then cast.
         metadata: written into the file.
     """
     graph = _LanguageGraph(weights, contract, precision)

@@ -8,9 +8,7 @@ import onnx_ir as ir
 from export.builder import GraphBuilder
 from export.flow_score import DOMAIN
 from flowcut.config import VisionConfig
-from flowcut.schedule import Schedule, layers_left, pruning_points
-
-HISTORY = 0.5
+from flowcut.schedule import HISTORY, Schedule, layers_left, pruning_points
 
 
 class PruningSteps:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from flowcut.checkpoint import Weights, open_checkpoint, random_weights
@@ -16,16 +18,15 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name. `repo` is on the Hub; without one the checkpoint itself is bundled. `note` is said with outputs."""
+    """A short name. `repo` is on the Hub; without one the checkpoint itself is bundled."""
 
     repo: str | None = None
-    note: str = ""
 
 
 # assets/<alias> holds each one's config.json and preprocessor_config.json. The tokenizer beside those of Hub models is
 # llava-tiny's with their <image> and <pad> numbers: with random weights no tokenizer means more than another.
 ALIASES: dict[str, Alias] = {
-    "llava-tiny": Alias(note="random weights"),  # seeded, never trained
+    "llava-tiny": Alias(),
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf"),
     "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf"),
 }
@@ -53,29 +54,38 @@ def resolve(model: str, *, random: bool = False, decoder_layers: int | None = No
         CheckpointError: tensors that do not fit config.json.
         FlowCutError: the Hub does not answer.
     """
-    name, files, alias = _locate(model, random)
+    name, files = _locate(model, random)
     full = LlavaConfig.from_file(files / "config.json")
     config = _keep_layers(full, decoder_layers)
     weights = random_weights(config, seed) if random else open_checkpoint(files, config)
-    notes = ["random weights" if random else alias.note]
+    notes = ["random weights" if random else _note(files)]
     if config != full:
         notes.append(f"{config.text.num_hidden_layers} of {full.text.num_hidden_layers} decoder layers")
     return Model(name, config, weights, files, ", ".join(filter(None, notes)))
 
 
-def _locate(model: str, random: bool) -> tuple[str, Path, Alias]:
+def _locate(model: str, random: bool) -> tuple[str, Path]:
     directory = Path(model).expanduser()
     if model and directory.is_dir():
-        return _safe_name(directory), directory, Alias()
+        return _safe_name(directory), directory
+    model = next((name for name, alias in ALIASES.items() if alias.repo == model), model)
     if model not in ALIASES:
+        close = get_close_matches(model, ALIASES, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"model must be one of {', '.join(ALIASES)} or a directory, got {model!r}. "
+            f"model must be one of {', '.join(ALIASES)} or a directory, got {model!r}. {hint}"
             "A directory in the Hugging Face llava format holds config.json, *.safetensors and tokenizer.json."
         )
     alias = ALIASES[model]
     if random or alias.repo is None:
-        return model, ASSETS / model, alias
-    return model, fetch(model, alias.repo), alias
+        return model, ASSETS / model
+    return model, fetch(model, alias.repo)
+
+
+def _note(files: Path) -> str:
+    """What a checkpoint says of itself in config.json's `flowcut_note`, as llava-tiny does: it follows the files."""
+    note = json.loads((files / "config.json").read_text(encoding="utf-8")).get("flowcut_note", "")
+    return note if isinstance(note, str) else ""
 
 
 def _safe_name(directory: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flowcut
 
@@ -19,9 +19,16 @@ The last line on stdout is one JSON object; `flowcut COMMAND --help` names its k
 Exit codes: 0 done, 1 something to mend (stderr says what), 2 wrong syntax."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line rather than after ten of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Parses into a namespace whose `command` names the handler."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flowcut",
         description="LLaVA with most of its visual tokens pruned away: from checkpoint to\nTensorRT engine to answer.",
         epilog=EXAMPLES,
@@ -126,14 +133,16 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="write DIR/<model>-<tokens>-<precision>-<backend> (default: build)",
     )
     _add_question(parser).add_argument(
-        "--ask", action="store_true", help="then ask it a question about a picture, with a table of latencies"
+        "--ask",
+        action="store_true",
+        help="then ask it about a picture, and time it; implied by the options below",
     )
 
 
 def _add_question(parser: argparse.ArgumentParser) -> Any:
     group = parser.add_argument_group("question")
     add = group.add_argument
-    add("--image", type=Path, action="append", metavar="FILE", help="a picture; may be repeated (default: bundled)")
+    add("--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)")
     text = group.add_mutually_exclusive_group()
     text.add_argument("--question", metavar="TEXT", help=f"put into LLaVA-1.5's template (default: {QUESTION})")
     text.add_argument("--prompt", metavar="TEXT", help="taken as it is, with one <image> per picture")
@@ -154,11 +163,11 @@ def _add_prune(commands: Any) -> None:
     _add_model(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--image", type=Path, action="append", metavar="FILE", help="a picture; may be repeated (default: bundled)"
+        "--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)"
     )
     source.add_argument("--pixels", type=Path, metavar="FILE.npy", help="preprocessed pixel_values [B, 3, S, S]")
     add = parser.add_argument
-    add("--schedule", default="adaptive", help="adaptive, static, masked or a FILE.json (default: adaptive)")
+    add("--schedule", help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal)")
     add(
         "--backend",
         choices=["torch", "ort"],
@@ -180,7 +189,7 @@ def _add_run(commands: Any) -> None:
         "run",
         "ask an engine a question about a picture",
         "Answers greedily and prints what was kept and how long each stage took.",
-        "answer, token_ids, kept, prompt_tokens, latency_ms, model, weights, note, tokens, schedule, precision, "
+        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, schedule, precision, "
         "backend and built_for",
     )
     _add_directory(parser)
@@ -200,9 +209,12 @@ def _add_verify(commands: Any) -> None:
         "verify",
         "compare torch, ONNX Runtime and TensorRT on an engine's graphs",
         "TensorRT is compared where there is a GPU. Names, shapes, types, kept patches and values, with tolerances.",
+        "directory, model, note, precision, inputs, tolerance, rows and ok",
     )
     _add_directory(parser)
-    parser.add_argument("--checkpoint", metavar="MODEL", help="where the weights came from, if not an alias")
+    parser.add_argument(
+        "--checkpoint", metavar="MODEL", help="the alias or directory it was built from (default: as the manifest says)"
+    )
 
 
 def _add_inspect(commands: Any) -> None:

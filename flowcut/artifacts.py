@@ -47,12 +47,14 @@ class FileRecord:
 class Manifest:
     """What an engine directory is, what it was made from, and every file in it but manifest.json itself.
 
+    source is the alias or directory of the checkpoint: a hint, to be checked by source_sha256.
     source_sha256 identifies the weights, seed is that of random ones; note is for people; schedule is the pruning
-    schedule as data; compute_capabilities are what the engines were compiled for ("8.0"), none for `ort`; created is
+    schedule as data; compute_capabilities are what the engines were compiled for ("sm86"), none for `ort`; created is
     UTC in ISO 8601; files maps a path relative to the directory, with `/`, to its record.
     """
 
     model: str
+    source: str
     weights: Literal["checkpoint", "random"]
     note: str
     source_sha256: str

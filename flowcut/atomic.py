@@ -95,6 +95,9 @@ def write_file(path: Path, content: bytes) -> None:
         try:
             partial.write_bytes(content)
             partial.replace(path)
+        except OSError as error:
+            error.filename = str(path)  # the name that the user gave
+            raise
         finally:
             partial.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 SCENE = Path(__file__).parent / "assets" / "example" / "scene.png"
 
 Result = dict[str, Any]
+BUILDERS = ("engine", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except FlowCutError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was left behind.")
+        _fail("interrupted" + ("; nothing half-written was left behind." if arguments.command in BUILDERS else "."))
     except MemoryError as error:
         _fail(f"memory must be enough for this, got too little ({error}). Fewer decoder layers or pictures take less.")
     except BrokenPipeError:
@@ -59,6 +61,7 @@ def _prepare_process(verbosity: int) -> None:
         format="%(name)s: %(message)s",
         stream=sys.stderr,
     )
+    warnings.filterwarnings("ignore", message="Image size")  # Pillow's, before the error that says the same
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal cannot show
     if threading.current_thread() is threading.main_thread():
@@ -96,7 +99,8 @@ def _engine(arguments: argparse.Namespace) -> Result:
         out=arguments.out,
         out_root=arguments.out_root,
     )
-    question = _question(arguments) if arguments.ask else None
+    asks = arguments.ask or arguments.image or arguments.question is not None or arguments.prompt is not None
+    question = _question(arguments) if asks else None
     with terminal_progress() as progress:
         result = build_directory(settings, progress)
     console = _console()
@@ -171,6 +175,8 @@ def _verify(arguments: argparse.Namespace) -> Result:
 
     result = verify(arguments.directory, checkpoint=arguments.checkpoint)
     print_report(_console(), result)
+    if not result.ok:
+        _complain(f"{arguments.directory} could not be verified: see the rows above that are not ok.")
     return result.to_dict()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,12 +137,14 @@ class LlavaConfig:
             raise ConfigError(f"{path} must be a JSON object, got: {error}.") from None
         if not isinstance(data, dict):
             raise ConfigError(f"{path} must be a JSON object, got {type(data).__name__}.")
-        return LlavaConfig.from_dict(data)
+        ends = _generation_eos(path.with_name("generation_config.json"))
+        config = LlavaConfig.from_dict(data)
+        return replace(config, eos_token_ids=ends) if ends else config
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> LlavaConfig:
         """Read the content of a Hugging Face `LlavaConfig`; absent fields take that class's defaults."""
-        _only(data, "model_type", "llava", "This is not a LLaVA-1.5 checkpoint.")
+        _only(data, "model_type", "llava", "Take one in Hugging Face llava format, such as llava-hf/llava-1.5-7b-hf.")
         _only(data, "vision_feature_layer", -2)
         _only(data, "vision_feature_select_strategy", "default")
         _only(data, "projector_hidden_act", "gelu")
@@ -184,9 +186,24 @@ def _text_fields(text: Mapping[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _eos(text: Mapping[str, Any]) -> tuple[int, ...]:
-    value = text.get("eos_token_id")
-    values = value if isinstance(value, list) else [2 if value is None else value]
-    return tuple(_integer("text_config.eos_token_id", v) for v in values)
+    return _tokens("text_config.eos_token_id", text.get("eos_token_id")) or (2,)
+
+
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    """End tokens of a generation_config.json, which come before config.json's, as in transformers; () without."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} must be a JSON object, got: {error}.") from None
+    return _tokens(f"{path.name}: eos_token_id", data.get("eos_token_id") if isinstance(data, dict) else None)
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...]:
+    """One token number or a list of them; () for null."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_integer(name, v) for v in values)
 
 
 def _fields(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:

@@ -25,4 +25,7 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise
-        raise FlowCutError(f"{module} is not installed. Install it with: pip install 'flowcut-trt[{extra}]'") from None
+        raise FlowCutError(
+            f"{error.name} is not installed. In the checkout, `make setup` installs everything, "
+            f"pip install -e '.[{extra}]' what is missing."
+        ) from None

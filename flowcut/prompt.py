@@ -43,8 +43,8 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, image_token_id: int, vocab_size: int) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        # A token that the file has already keeps its id
-        tokenizer.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
+        if tokenizer.token_to_id(IMAGE) is None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(IMAGE, special=True, normalized=False)])
         self._tokenizer = tokenizer
         self._image_id = tokenizer.token_to_id(IMAGE)
         self.image_token_id = image_token_id

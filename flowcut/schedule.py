@@ -22,6 +22,8 @@ from flowcut.config import VisionConfig
 from flowcut.errors import ConfigError
 
 Kind = Literal["off", "adaptive", "static", "masked"]
+HISTORY = 0.5
+"""Weight of the running score: cum = (cum + score) / 2."""
 ENTROPY_RATIO = 0.9
 """The entropy ratio that the closed form assumes where no calibration was done."""
 DEFAULT_SHARE = 64 / 576

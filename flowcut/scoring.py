@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HISTORY = 0.5
-"""Weight of the running score: cum = (cum + score) / 2."""
+from flowcut.schedule import HISTORY
 
 
 class FlowScore(NamedTuple):

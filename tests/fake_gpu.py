@@ -111,6 +111,7 @@ class FakeGpu:
         self.copied_bytes = 0
         self.clock_ms = 0.0
         self.fail_execution = False
+        self.updates_in_place = True
         self.streams: list[Stream] = []
         self._next = 1 << 20
         self._thread = threading.local()
@@ -248,6 +249,10 @@ class Engine:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else -1 for d in self.tensors[name].shape)
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        aliased = self.gpu.updates_in_place and name.startswith("present.")
+        return name.replace("present", "past") if aliased else None
 
     def create_execution_context(self) -> Context:
         return Context(self)

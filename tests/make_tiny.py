@@ -138,7 +138,8 @@ HUB_LLAMA = {
 
 def main(out: Path) -> None:
     tiny = out / "llava-tiny"
-    write_settings(tiny, llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
+    note = {"flowcut_note": "random weights"}  # said with every output, wherever the files go
+    write_settings(tiny, note | llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
     write_weights(tiny)
     for alias, text in HUB_LLAMA.items():
         write_settings(out / alias, llava(CLIP, text, 32000, 32001), 32000, 32001)

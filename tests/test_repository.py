@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -134,11 +135,13 @@ def test_make_help_documents_every_variable_and_target() -> None:
 def test_make_engine_passes_every_variable_on() -> None:
     settings = ["MODEL=m", "WEIGHTS=random", "TOKENS=9", "SCHEDULE=s.json", "PRECISION=fp32", "BACKEND=ort"]
     command = ["make", "-n", "engine", *settings, "DECODER_LAYERS=3", "ARGS=--force", "IMAGE=a b", "QUESTION=what's"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    outer = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # these tests may run under make
+    printed = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, check=True).stdout
     recipe = " ".join(printed.partition("flowcut engine")[2].replace("\\\n", " ").split())
     assert recipe == (
-        '"$MODEL" --weights random --tokens 9 --schedule s.json --precision fp32 --backend ort --decoder-layers 3 '
-        '--out-root build --ask ${IMAGE:+--image "$IMAGE"} ${QUESTION:+--question "$QUESTION"} --force'
+        '"$FLOWCUT_MODEL" --weights random --tokens 9 --schedule "$FLOWCUT_SCHEDULE" --precision fp32 --backend ort '
+        '--decoder-layers 3 --out-root build --ask ${FLOWCUT_IMAGE:+--image "$FLOWCUT_IMAGE"} '
+        '${FLOWCUT_QUESTION:+--question "$FLOWCUT_QUESTION"} --force'
     )
 
 

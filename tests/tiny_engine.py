@@ -57,6 +57,7 @@ def write_engine(
 
 def _manifest(model: Model, schedule: Schedule, precision: Precision, limits: Limits, backend: str) -> Manifest:
     return Manifest(
+        source="",
         model=model.name,
         weights="random" if model.weights.random else "checkpoint",
         note=model.note,

@@ -20,14 +20,15 @@ from flowcut.prompt import question_prompt
 class Engine:
     """Answers in 10, 20, 30, .. ms per stage, the first time with another text."""
 
-    def __init__(self, limit: int = 64) -> None:
+    def __init__(self, limit: int = 64, absent: tuple[str, ...] = ()) -> None:
+        self.absent = absent
         self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit))
         self.calls: list[tuple[list[Path], str, int]] = []
 
     def generate(self, images: Any, prompt: str, max_new_tokens: int) -> Generation:
         self.calls.append((images, prompt, max_new_tokens))
         n = len(self.calls)
-        latency = dict.fromkeys((*STAGES, "total"), 10.0 * n)
+        latency = {stage: 10.0 * n for stage in (*STAGES, "total") if stage not in self.absent}
         return Generation([f"answer {n}"], [[1] * max_new_tokens], [False], [[np.arange(3)]], [40 + n], latency)
 
 
@@ -43,6 +44,12 @@ def test_the_first_answer_is_shown_and_not_timed() -> None:
     assert answer.prompt_tokens == 41
     assert answer.latency_ms.keys() == set(STAGES)
     assert all(values == {"median": 35.0, "p90": 47.0, "n": 4} for values in answer.latency_ms.values())
+
+
+def test_a_stage_that_no_run_had_has_no_latency() -> None:
+    latency = asked(Engine(absent=("decode_per_token",)), Question((), "p", repeats=2)).latency_ms
+    assert latency["decode_per_token"] == {"median": None, "p90": None, "n": 0}
+    assert latency["prefill"] == {"median": 25.0, "p90": 29.0, "n": 2}
 
 
 def test_a_slow_engine_is_timed_at_least_once(monkeypatch: pytest.MonkeyPatch) -> None:

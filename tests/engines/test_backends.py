@@ -51,7 +51,7 @@ def test_a_library_that_does_not_load_says_why() -> None:
 
 def test_a_library_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.MODULES, "rtx", "surely_not_installed")
-    with pytest.raises(FlowCutError, match=r"flowcut-trt\[rtx\]"):
+    with pytest.raises(FlowCutError, match=r"pip install -e .\.\[rtx\]"):
         backends.trt_module("rtx")
 
 
@@ -68,3 +68,22 @@ def test_gpu_presence_is_answered_without_a_driver(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(backends.ctypes, "CDLL", missing)
     assert backends.gpu_present() is False
+
+
+def test_manifest_names_what_engines_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.built_for("rtx", ("SM86", "sm120")) == ("sm86", "sm120")
+    assert backends.built_for("rtx", ()) == ("sm80 and later",)
+    assert backends.built_for("ort", ()) == ()
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda _: FakeDriver())
+    assert backends.built_for("trt", ()) == ("sm90",)
+
+
+class FakeDriver:
+    """libcuda of a GPU of compute capability 9.0."""
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGetAttribute(self, value: object, attribute: int, device: int) -> int:
+        value._obj.value = {75: 9, 76: 0}[attribute]  # type: ignore[attr-defined]
+        return 0

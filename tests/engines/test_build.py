@@ -263,6 +263,7 @@ def test_full_tensorrt_without_a_gpu_names_the_other_backends(paths: tuple[Path,
 def test_only_rtx_refuses_fp32() -> None:
     with pytest.raises(EngineError, match=r"precision must be fp16 for backend rtx, got 'fp32'.*not decomposable"):
         check_precision("rtx", "fp32")
+    with pytest.raises(EngineError, match="backend trt, got"):
+        check_precision("trt", "fp32")
     check_precision("rtx", "fp16")
-    check_precision("trt", "fp32")
     check_precision("ort", "fp32")

@@ -6,6 +6,7 @@ The compiler is replaced here by one that writes a few bytes; tests/test_end_to_
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from engines.pipeline import BuildSettings, Built, build_directory, token_count
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
-from flowcut.errors import CheckpointError, ConfigError, EngineError
+from flowcut.errors import CheckpointError, ConfigError, EngineError, FlowCutError
 
 TINY = BuildSettings("llava-tiny", backend="ort")
 Compiled = list[tuple[Path, GraphContract, str, tuple[str, ...]]]
@@ -43,12 +44,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
         engine_path.write_bytes(b"engine")
         return BuildReport(10, 0.1, 6, 4, 0)
 
-    class Library:
-        class ComputeCapability:
-            __members__ = dict.fromkeys(("NONE", "SM80", "SM86"))
-
     monkeypatch.setattr(pipeline, "build_engine", fake)
-    monkeypatch.setattr(pipeline, "trt_module", lambda _: Library)
+    monkeypatch.setattr(pipeline, "check_build", lambda *_: None)
     return calls
 
 
@@ -104,7 +101,7 @@ def test_both_graphs_are_compiled_for_the_targets(tmp_path: Path, compiled: Comp
     made_for = (manifest.geometry, manifest.tokens, manifest.precision, manifest.limits)
     assert [contract for _, contract, _, _ in compiled] == [vision_contract(*made_for), language_contract(*made_for)]
     assert {(backend, targets) for _, _, backend, targets in compiled} == {("rtx", ("sm80", "SM86"))}
-    assert manifest.compute_capabilities == ("sm80", "SM86")
+    assert manifest.compute_capabilities == ("sm80", "sm86")
     assert {"vision.engine", "language.engine"} <= manifest.files.keys()
     assert manifest.build_seconds.keys() == {"export", "compile vision", "compile language"}
     assert built.reports.keys() == {"vision", "language"}
@@ -148,7 +145,7 @@ def test_space_asked_for_covers_what_is_written(
 def test_nothing_is_read_before_the_settings_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "export_graphs", lambda *_: pytest.fail("exported"))
     for changes in ({"schedule": "adaptive"}, {"compute_capabilities": ("sm80",)}, {"max_prompt": 3}, {"tokens": 0}):
-        with pytest.raises(ConfigError):
+        with pytest.raises(FlowCutError):
             build(tmp_path / "e", **changes)
     assert list(tmp_path.iterdir()) == []
 
@@ -205,3 +202,15 @@ def test_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer ids must be below 512 .*got 512 for '<odd>'"):
         build(tmp_path / "e", model=str(model))
     assert not (tmp_path / "e").exists()
+
+
+def test_says_what_a_build_of_something_else_replaces(tmp_path: Path) -> None:
+    assert build(tmp_path / "e").replaced == ""
+    assert build(tmp_path / "e").replaced == ""  # the same again
+    replaced = build(tmp_path / "e", schedule="masked").replaced
+    assert replaced == "random weights, schedule static, 2 decoder layers"
+
+
+def test_a_copy_of_the_bundled_checkpoint_says_that_its_weights_are_random(tmp_path: Path) -> None:
+    source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "mine")
+    assert build(tmp_path / "e", model=str(source)).manifest.note == "random weights"

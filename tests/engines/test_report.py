@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from engines import report
+from engines.ask import STAGES, Answer, Question, Summary
 from engines.prune import Outcome, Pruned
+from engines.runtime import Generation
 from flowcut.aliases import ASSETS
 from flowcut.config import LlavaConfig
 from flowcut.schedule import make_schedule, pruning_points
@@ -42,6 +46,18 @@ def test_long_paths_are_not_broken(console: Console) -> None:
     pruned = Pruned(np.zeros((1, 144), np.int64), np.zeros((1, 13), np.int64), np.zeros((1, 144, 1)), [])
     report.pruned(console, Outcome(pruned, make_schedule("static", vision, 144), "", [path]))
     assert console.export_text().splitlines() == ["Nothing is pruned: all 144 patches stay.", f"wrote    {path}"]
+
+
+def test_a_stage_without_a_run_is_a_dash(console: Console) -> None:
+    latency: dict[str, Summary] = {stage: {"median": 1.5, "p90": 2.25, "n": 3} for stage in STAGES}
+    latency["decode_per_token"] = {"median": None, "p90": None, "n": 0}
+    answer = Answer(Generation([""], [[]], [True], [[]], [7], {}), 7, latency)
+    engine = cast(Any, SimpleNamespace(backend="ort", manifest=SimpleNamespace(backend="ort", note="")))
+    report.answered(console, engine, Question((), "p"), answer)
+    lines = console.export_text().splitlines()
+    assert any(line.split() == ["milliseconds", "over", "3", "runs", "median", "p90"] for line in lines)
+    assert lines[-2].split() == ["time", "to", "first", "token", "1.50", "2.25"]
+    assert lines[-1].split() == ["each", "further", "token", "-", "-"]
 
 
 @pytest.mark.parametrize(

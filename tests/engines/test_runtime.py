@@ -21,7 +21,7 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines import load_engine
 from engines.backends import gpu_present
-from engines.runtime import Generation, LlavaEngine
+from engines.runtime import LlavaEngine
 from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.config import Precision
 from flowcut.errors import ConfigError, EngineError, InputError
@@ -233,7 +233,7 @@ def test_latencies_are_stages_that_add_up(engine: LlavaEngine) -> None:
     assert latency["decode"] == pytest.approx(7 * latency["decode_per_token"])
     assert latency["time_to_first_token"] + latency["decode"] < latency["total"]
     one = engine.generate(picture(0), QUESTIONS[0], 1).latency_ms
-    assert one["decode_per_token"] == one["decode"]  # no step was run
+    assert one.keys() == latency.keys() - {"decode_per_token"}  # no step was run
 
 
 BAD_INPUT: dict[str, tuple[Any, Any, int, str]] = {
@@ -333,6 +333,8 @@ def test_on_a_gpu_without_the_library_auto_is_onnx_runtime(
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing weights": (lambda d: (d / "language.onnx.data").unlink(), r"language\.onnx\.data: missing"),
     "short weights": (lambda d: _cut(d / "vision.onnx.data"), r"vision\.onnx\.data: expected \d+ bytes, got \d+"),
+    "other weights": (lambda d: _flip(d / "language.onnx.data"), r"language\.onnx\.data: expected sha256 \w+, got \w+"),
+    "unrecorded weights": (lambda d: _forget(d, "vision.onnx.data"), r"vision\.onnx\.data: not in the manifest"),
     "other graph": (lambda d: _flip(d / "vision.onnx"), r"vision\.onnx: expected sha256 \w+, got \w+"),
     "other tokenizer": (lambda d: _flip(d / "tokenizer.json"), r"tokenizer\.json: expected sha256"),
     "unrecorded": (lambda d: _forget(d, "preprocessor.json"), r"preprocessor\.json: not in the manifest"),
@@ -387,6 +389,11 @@ def test_a_changed_plan_is_refused_before_it_is_deserialized(
     with pytest.raises(EngineError, match=r"language\.engine: expected sha256"):
         load_engine(directory)
     load_engine(directory, "ort")  # which does not use it
+    shutil.copy(write("fp16", "rtx").directory / "language.engine", directory)
+    _flip(directory / "language.onnx.data")
+    load_engine(directory)
+    with pytest.raises(EngineError, match=r"language\.onnx\.data: expected sha256"):
+        load_engine(directory, "ort")
 
 
 def test_threads_must_be_a_positive_number(write: Write) -> None:
@@ -394,21 +401,38 @@ def test_threads_must_be_a_positive_number(write: Write) -> None:
         load_engine(write().directory, threads=0)
 
 
+# float16 rounding grows to 0.15 in this model's logits; those of another step or token differ by more than 1.
 @pytest.mark.gpu
-def test_a_compiled_engine_agrees_with_onnx_runtime_on_the_gpu(write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "same", "tolerance"), [("fp32", 16, 1e-2), ("fp16", 14, 0.3)])
+def test_a_compiled_engine_agrees_with_onnx_runtime_on_the_gpu(
+    write: Write, tmp_path: Path, precision: Precision, same: int, tolerance: float
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("cuda.core")
     from engines.build import build_engine
     from flowcut.contract import language_contract, vision_contract
 
     directory = tmp_path / "copy"
-    tiny = write("fp16", "rtx")
+    tiny = write(precision, "rtx")
     shutil.copytree(tiny.directory, directory)
     for graph, make in (("vision", vision_contract), ("language", language_contract)):
-        contract = make(tiny.model.config, tiny.schedule.tokens, "fp16", LIMITS)
+        contract = make(tiny.model.config, tiny.schedule.tokens, precision, LIMITS)
         build_engine(directory / f"{graph}.onnx", directory / f"{graph}.engine", contract, "rtx")
     write_manifest(directory, read_manifest(directory))
-    got, expected = (load_engine(directory, b).prefill(picture(0), QUESTIONS[0]) for b in ("rtx", "ort"))
-    assert error(got.logits, expected.logits) < 5e-2
-    answer: Generation = load_engine(directory, "rtx").generate([picture(0)] * 2, QUESTIONS[:2], 8)
-    assert [len(ids) for ids in answer.token_ids] == [8, 8]
+    images, prompts = [picture(0), picture(1)], QUESTIONS[:2]
+    forced = np.random.default_rng(0).integers(3, 448, (9, 2))
+
+    def follow(engine: LlavaEngine) -> tuple[np.ndarray, list[set[int]]]:
+        """Logits [steps, B, V] of a prefill and of decoding `forced`, and what was kept."""
+        prefill, seen = engine.prefill(images, prompts), []
+
+        def pick(logits: np.ndarray) -> np.ndarray:
+            seen.append(logits)
+            return forced[len(seen) - 1]
+
+        list(engine._decode(prefill, pick, len(forced)))
+        return np.stack(seen), [set(each[0].tolist()) for each in prefill.kept]
+
+    (got, kept), (expected, others) = (follow(load_engine(directory, backend)) for backend in ("rtx", "ort"))
+    assert all(len(a & b) >= same for a, b in zip(kept, others, strict=True))  # of 16
+    assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < tolerance

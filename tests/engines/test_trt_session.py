@@ -231,9 +231,16 @@ def test_an_engine_of_another_contract_is_refused(tiny: TinyEngine, gpu: FakeGpu
         TrtSession(tiny.directory / "language.engine", contract, "rtx", CudaDevice("rtx"))
 
 
+def test_an_engine_that_copies_its_cache_is_refused(gpu: FakeGpu, open_session: Open) -> None:
+    gpu.updates_in_place = False
+    with pytest.raises(EngineError, match=r"present\.0\.key must be updated in place of past\.0\.key, got None"):
+        open_session("language")
+    open_session("vision")  # which has none
+
+
 def test_without_cuda_core_the_extra_is_named(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(FlowCutError, match=r"cuda\.core cannot be imported .*pip install 'flowcut-trt\[rtx\]'"):
+    with pytest.raises(FlowCutError, match=r"cuda\.core cannot be imported .*pip install -e '\.\[rtx\]'"):
         CudaDevice("rtx")
 
 

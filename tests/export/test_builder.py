@@ -148,3 +148,12 @@ def test_saving_reports_the_weights_it_writes(tmp_path: Path) -> None:
 )
 def test_dtype_names(name: str, expected: str) -> None:
     assert ir_dtype(name).name == expected
+
+
+def test_one_name_is_one_weight() -> None:
+    b = GraphBuilder("g")
+    first = b.computed_weight("w", (2, 3), "fp16", lambda: np.zeros((2, 3), np.float32))
+    assert b.computed_weight("w", (2, 3), "fp16", lambda: np.zeros((2, 3), np.float32)) is first
+    for shape, precision in (((3, 2), "fp16"), ((2, 3), "fp32")):
+        with pytest.raises(ValueError, match="w must be one weight"):
+            b.computed_weight("w", shape, precision, lambda: np.zeros((2, 3), np.float32))

@@ -30,6 +30,7 @@ from flowcut.contract import Limits
 from flowcut.errors import ConfigError, EngineError
 
 MANIFEST_OF_7B = Manifest(
+    source="llava-1.5-7b",
     model="llava-1.5-7b",
     weights="random",
     note="random weights: for timing only",
@@ -41,7 +42,7 @@ MANIFEST_OF_7B = Manifest(
     backend="rtx",
     limits=Limits(max_batch=2),
     versions={"python": "3.11.7"},
-    compute_capabilities=("8.0", "8.9"),
+    compute_capabilities=("sm80", "sm89"),
     created="2026-01-02T03:04:05+00:00",
     build_seconds={"vision": 18.25, "language": 4.0},
 )

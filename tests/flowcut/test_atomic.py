@@ -54,6 +54,7 @@ def build_and_raise(target: Path, error: BaseException) -> None:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
+    (tmp_path / "build").mkdir()
     return tmp_path / "build" / "tiny-8-fp16-ort"
 
 
@@ -70,6 +71,14 @@ def test_publishes_and_replaces_leaving_only_the_target(target: Path) -> None:
     build(target, "second")
     assert tree(target) == {"text": "second", "deep/text": "second"}
     assert names(target.parent) == [target.name]
+
+
+def test_a_parent_made_for_a_failed_build_goes_with_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        build_and_raise(tmp_path / "new" / "target", RuntimeError())
+    assert names(tmp_path) == []
+    build(tmp_path / "new" / "target", "text")
+    assert names(tmp_path / "new") == ["target"]
 
 
 def test_target_is_untouched_until_the_block_ends(target: Path) -> None:
@@ -170,7 +179,7 @@ def test_directory_moved_aside_by_a_killed_build_comes_back(target: Path) -> Non
 
 
 def test_leftovers_of_other_targets_stay(target: Path) -> None:
-    target.parent.mkdir()
+    target.parent.mkdir(exist_ok=True)
     others = [f".{target.name}.4.5.abc.partial", ".other.5.abc.partial", f".{target.name}.partial"]
     for name in others:
         (target.parent / name).mkdir()

@@ -150,6 +150,12 @@ def test_two_pictures_in_one_prompt(command: Command, directory: Path, pictures:
     assert "USER: <image> <image> What colour" in done.text
 
 
+def test_pictures_follow_one_option_and_a_question_needs_no_ask(command: Command, pictures: list[Path]) -> None:
+    names = [str(path) for path in pictures[:2]]
+    done = command("engine", "llava-tiny", "--backend", "ort", "--out", "e", "--repeats", "1", "--image", *names)
+    assert len(done.result["kept"]) == 2
+
+
 def test_answer_is_as_long_as_asked_for(command: Command, directory: Path) -> None:
     assert len(command("run", directory, "--answer-tokens", 5, "--repeats", 1).result["token_ids"]) == 5
     assert LIMITS.max_new_tokens == 32

@@ -148,3 +148,13 @@ def test_directory_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
 def test_defaults_are_llava_1_5_7b() -> None:
     config = LlavaConfig(VisionConfig(), TextConfig(vocab_size=32064))
     assert (config.vision.patches, config.vision.select, config.text.head_size) == (576, 22, 128)
+
+
+def test_generation_config_names_the_end_tokens_as_in_transformers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_tiny()))
+    assert LlavaConfig.from_file(tmp_path / "config.json").eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 464]}')
+    assert LlavaConfig.from_file(tmp_path / "config.json").eos_token_ids == (2, 464)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match="eos_token_id must be an integer"):
+        LlavaConfig.from_file(tmp_path / "config.json")
