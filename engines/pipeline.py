@@ -35,7 +35,7 @@ from flowcut.checkpoint import expected_tensors
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
 from flowcut.deps import require
-from flowcut.errors import CheckpointError, ConfigError, FlowCutError
+from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 from flowcut.schedule import Schedule, default_tokens, make_schedule
@@ -104,7 +104,7 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
     schedule = make_schedule(settings.schedule, model.config.vision, tokens)
     check_fixed_shapes(schedule)
     limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
-    _read_tokenizer(model)
+    Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)  # or it raises
     image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
     target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
     check_replaceable(target)
@@ -118,7 +118,7 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
         reports = {}
         if backend != "ort":
             reports = _compile(directory, contracts, backend, settings.compute_capabilities, seconds, progress)
-        shutil.copyfile(model.files / "tokenizer.json", directory / "tokenizer.json")
+        shutil.copyfile(model.tokenizer, directory / "tokenizer.json")
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
         manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
     return Built(target, manifest, reports, "" if replaced == _summary(manifest) else replaced)
@@ -245,17 +245,6 @@ def _limits(settings: BuildSettings, positions: int, tokens: int) -> Limits:
             f"max_new_tokens), got {prompt}. Choose another --max-prompt, or lower --tokens or --max-new-tokens."
         )
     return Limits(settings.max_batch, settings.max_images, prompt, answer)
-
-
-def _read_tokenizer(model: Model) -> None:
-    """Fail before the export rather than at the first question."""
-    path = model.files / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist. A checkpoint directory holds tokenizer.json; "
-            "transformers' AutoTokenizer.from_pretrained(..).save_pretrained(..) writes one."
-        )
-    Tokenizer.from_file(path, model.config.image_token_id, model.config.text.vocab_size)
 
 
 def _source(model: str) -> str:

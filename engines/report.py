@@ -152,7 +152,8 @@ def _size(count: int) -> str:
 
 def _say_note(console: Console, manifest: Manifest) -> None:
     if manifest.note:
-        console.print(f"{manifest.note}: answers and kept patches mean nothing, timings do.")
+        random = "random weights" in manifest.note
+        console.print(f"{manifest.note}: answers {'and kept patches ' if random else ''}mean nothing, timings do.")
 
 
 def _map(kept: list[int], grid: int, marks: str) -> Text:

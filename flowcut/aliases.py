@@ -14,6 +14,7 @@ from flowcut.errors import ConfigError
 from flowcut.hub import fetch
 
 ASSETS = Path(__file__).parent / "assets"
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Model:
     files: Path
     note: str
 
+    @property
+    def tokenizer(self) -> Path:
+        """Its tokenizer.json, or llava-tiny's where it has none; `note` then says so."""
+        own = self.files / TOKENIZER
+        return own if own.is_file() else ASSETS / "llava-tiny" / TOKENIZER
+
 
 def resolve(model: str, *, random: bool = False, decoder_layers: int | None = None, seed: int = 0) -> Model:
     """Find a model by directory or alias; a directory wins.
@@ -61,6 +68,8 @@ def resolve(model: str, *, random: bool = False, decoder_layers: int | None = No
     notes = ["random weights" if random else _note(files)]
     if config != full:
         notes.append(f"{config.text.num_hidden_layers} of {full.text.num_hidden_layers} decoder layers")
+    if not (files / TOKENIZER).is_file():
+        notes.append(f"stand-in tokenizer (no {TOKENIZER} in the checkpoint)")
     return Model(name, config, weights, files, ", ".join(filter(None, notes)))
 
 

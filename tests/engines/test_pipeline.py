@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from rich.progress import Progress
@@ -18,6 +19,7 @@ from rich.progress import Progress
 from engines import pipeline
 from engines.build import BuildReport
 from engines.pipeline import BuildSettings, Built, build_directory, token_count
+from engines.runtime import load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
@@ -214,3 +216,11 @@ def test_says_what_a_build_of_something_else_replaces(tmp_path: Path) -> None:
 def test_a_copy_of_the_bundled_checkpoint_says_that_its_weights_are_random(tmp_path: Path) -> None:
     source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "mine")
     assert build(tmp_path / "e", model=str(source)).manifest.note == "random weights"
+
+
+def test_a_checkpoint_without_a_tokenizer_gets_a_stand_in_and_says_so(tmp_path: Path) -> None:
+    source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "mine")
+    (source / "tokenizer.json").unlink()
+    built = build(tmp_path / "e", model=str(source))
+    assert built.manifest.note == "random weights, stand-in tokenizer (no tokenizer.json in the checkpoint)"
+    assert load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", 1).kept

@@ -334,12 +334,6 @@ def test_config_of_another_model_is_refused(
     assert message in refused("engine", "model", "--backend", "ort")
 
 
-def test_checkpoint_without_tokenizer_is_refused(place: Path, refused: Refused) -> None:
-    shutil.copytree(TINY, "model")
-    (place / "model" / "tokenizer.json").unlink()
-    assert "model/tokenizer.json does not exist. " in refused("engine", "model", "--backend", "ort")
-
-
 @pytest.mark.parametrize(
     ("module", "command", "extra"),
     [
