@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from engines.runtime import Generation, LlavaEngine
+from flowcut.contract import Limits
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import open_image
-from flowcut.prompt import IMAGE, question_prompt
+from flowcut.prompt import IMAGE, Tokenizer, batch, question_prompt
 
 ANSWER_TOKENS = 32
 STAGES = ("preprocess", "vision", "prefill", "time_to_first_token", "decode_per_token")
@@ -55,6 +56,11 @@ class Question:
                 f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. "
                 f"Write it like {question_prompt('What is this?', len(self.images))!r}."
             )
+
+    def check_fits(self, tokenizer: Tokenizer, tokens: int, limits: Limits) -> None:
+        """Raise InputError for a prompt or an answer too long for an engine that keeps `tokens` a picture."""
+        batch([tokenizer.encode(self.prompt, len(self.images), tokens)], limits.max_prompt)
+        self.new_tokens(limits.max_new_tokens)
 
     def new_tokens(self, limit: int) -> int:
         """Tokens to generate with an engine built for `limit`."""

@@ -9,7 +9,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LOG = logging.getLogger("flowcut.engines")
+Check = Callable[[Tokenizer, int, Limits], None]
+"""Takes the model's tokenizer, the tokens kept per picture and the engine's limits."""
 TEXT_TOKENS = 192
 """Room for a prompt's text where --max-prompt does not say otherwise."""
 CODE_BYTES, SETTINGS_BYTES = 100 << 20, 5 << 20
@@ -88,8 +90,11 @@ class Built:
     replaced: str = ""
 
 
-def build_directory(settings: BuildSettings, progress: Progress) -> Built:
+def build_directory(settings: BuildSettings, progress: Progress, check: Check | None = None) -> Built:
     """Export both graphs, compile them unless the backend is ort, and publish the directory, whole or not at all.
+
+    Args:
+        check: called before anything is exported, to raise if what is to be asked would not fit.
 
     Raises:
         ConfigError, CheckpointError: a setting or checkpoint that does not fit.
@@ -104,7 +109,9 @@ def build_directory(settings: BuildSettings, progress: Progress) -> Built:
     schedule = make_schedule(settings.schedule, model.config.vision, tokens)
     check_fixed_shapes(schedule)
     limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
-    Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)  # or it raises
+    tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)
+    if check is not None:
+        check(tokenizer, tokens, limits)
     image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
     target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
     check_replaceable(target)

@@ -102,7 +102,7 @@ def _engine(arguments: argparse.Namespace) -> Result:
     asks = arguments.ask or arguments.image or arguments.question is not None or arguments.prompt is not None
     question = _question(arguments) if asks else None
     with terminal_progress() as progress:
-        result = build_directory(settings, progress)
+        result = build_directory(settings, progress, question.check_fits if question else None)
     console = _console()
     report.built(console, result)
     summary = {

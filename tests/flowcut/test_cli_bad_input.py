@@ -119,6 +119,14 @@ BUILD: dict[str, tuple[str, str]] = {
     "no images": ("llava-tiny --max-images 0", r"max_images must be at least 1, got 0"),
     "no answer": ("llava-tiny --max-new-tokens 0", r"max_new_tokens must be at least 1, got 0"),
     "long answer": ("llava-tiny --max-new-tokens 4090", r"max_new_tokens must be in 1\.\.4079 .*got 4090\. Lower"),
+    "answer beyond the engine": (
+        "llava-tiny --ask --max-new-tokens 9 --answer-tokens 10",
+        r"answer_tokens must be at most 9 .*got 10\.",
+    ),
+    "prompt beyond the engine": (
+        "llava-tiny --max-prompt 20 --question why?",
+        r"prompt 0 must have 1\.\.20 tokens, got 39 ",
+    ),
     "no prompt": ("llava-tiny --max-prompt 0", r"max_prompt must be in 17\.\.3968 .*got 0\."),
     "prompt of a picture alone": ("llava-tiny --max-prompt 16", r"max_prompt must be in 17\.\.3968 .*got 16\."),
     "long prompt": ("llava-tiny --max-prompt 3969", r"max_prompt must be in 17\.\.3968 .*got 3969\."),
