@@ -57,9 +57,7 @@ def small_disk(place: Path) -> Iterator[Callable[..., Path]]:
 
 def test_little_space_is_refused_before_the_export(small_disk: Callable[..., Path], refused: Refused) -> None:
     message = refused("engine", "llava-tiny", "--backend", "ort", "--out", small_disk(1 << 20) / "engine")
-    assert re.search(
-        r"free space for .*/disk/engine must be at least 9\.\d MB, got 1\.0 MB\. Free some space", message
-    )
+    assert re.search(r"free space for .*/disk/engine must be at least 9\.\d MB, got 1\.0 MB\. Free some space", message)
 
 
 @pytest.mark.parametrize(
