@@ -38,7 +38,7 @@ from flowcut.deps import require
 from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
-from flowcut.schedule import Schedule, default_tokens, make_schedule
+from flowcut.schedule import Schedule, check_fixed_shapes, default_tokens, make_schedule
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -151,15 +151,6 @@ def token_count(tokens: int | str | None, patches: int) -> int:
     if tokens is None:
         return default_tokens(patches)
     return patches if tokens == "all" else int(tokens)
-
-
-def check_fixed_shapes(schedule: Schedule) -> None:
-    """Raise ConfigError for a schedule that no graph can hold, before any weight is read."""
-    if schedule.kind == "adaptive":
-        raise ConfigError(
-            "schedule must be static, masked or a .json file where a graph is exported, got 'adaptive': its lengths "
-            "depend on the picture. masked keeps the same patches."
-        )
 
 
 def export_graphs(

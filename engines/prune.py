@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
-from engines.pipeline import check_fixed_shapes, graph_metadata, save_graph, token_count
+from engines.pipeline import graph_metadata, save_graph, token_count
 from engines.session import OrtSession
 from flowcut.aliases import Model, resolve
 from flowcut.atomic import write_file
@@ -23,7 +23,7 @@ from flowcut.deps import require
 from flowcut.errors import InputError
 from flowcut.overlay import draw
 from flowcut.preprocess import ImageSettings, open_image, pixel_values, undo
-from flowcut.schedule import Schedule, make_schedule
+from flowcut.schedule import Schedule, check_fixed_shapes, make_schedule
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

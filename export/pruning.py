@@ -28,16 +28,19 @@ class PruningSteps:
         self._masked = schedule.kind == "masked"
         self._valid_count: ir.Value | int = schedule.patches
         self._key_valid: ir.Value | None = None  # while None, every row is valid
+        self._mask: list[ir.Value] = []
         self._kept: list[tuple[int, int, ir.Value | None]] = []
         self._counts: list[ir.Value | int] = [schedule.patches]
 
     def attention_mask(self) -> list[ir.Value]:
-        """Attention's optional mask input, [images, 1, N+1, N+1] bool."""
+        """Attention's optional mask input, [images, 1, N+1, N+1] bool; one for all layers up to the next point."""
         if self._key_valid is None:
             return []
-        # ONNX Runtime broadcasts this mask over images and heads, not over queries.
-        queries = self._b.const(np.ones((1, 1, self._patches + 1, 1)), "bool")
-        return [self._b.op("And", self._key_valid, queries)]
+        if not self._mask:
+            # ONNX Runtime broadcasts this mask over images and heads, not over queries.
+            queries = self._b.const(np.ones((1, 1, self._patches + 1, 1)), "bool")
+            self._mask = [self._b.op("And", self._key_valid, queries)]
+        return self._mask
 
     def after_layer(self, layer: int, q: ir.Value, k: ir.Value, v: ir.Value, hidden: ir.Value) -> ir.Value:
         """Score layer `layer` from its q, k, v [images, H, N+1, d]; at a pruning point drop rows of hidden."""
@@ -93,6 +96,7 @@ class PruningSteps:
 
     def _prune(self, layer: int, entropy_ratio: ir.Value | None, hidden: ir.Value) -> ir.Value:
         keep = self._schedule.counts[self._points.index(layer)]
+        self._mask = []
         if keep < self._patches or self._masked:
             hidden = self._gather(hidden, self._order(layer, keep, entropy_ratio), keep)
         self._kept.append((layer, keep, self._numbers))

@@ -19,8 +19,7 @@ from export.pruning import PruningSteps
 from flowcut.checkpoint import Weights
 from flowcut.config import NUMPY_DTYPE, VisionConfig
 from flowcut.contract import GraphContract, TensorSpec
-from flowcut.errors import ConfigError
-from flowcut.schedule import Schedule, pruning_points
+from flowcut.schedule import Schedule, check_fixed_shapes, pruning_points
 
 TOWER = "vision_tower.vision_model."
 
@@ -43,10 +42,7 @@ def vision_model(
     Raises:
         ConfigError: the schedule is adaptive, whose lengths depend on the data.
     """
-    if schedule.kind == "adaptive":
-        raise ConfigError(
-            "schedule must be static, masked or a .json file to export, got 'adaptive': its lengths vary."
-        )
+    check_fixed_shapes(schedule)
     b = GraphBuilder(contract.name)
     tower = _Tower(b, weights, precision)
     pixels = b.input(contract.inputs[0])

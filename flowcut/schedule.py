@@ -130,6 +130,15 @@ def check_tokens(tokens: int, patches: int) -> None:
         raise ConfigError(f"tokens must be in 1..{patches} (the patches of one image) or 'all', got {tokens!r}.")
 
 
+def check_fixed_shapes(schedule: Schedule) -> None:
+    """Raise ConfigError for a schedule that no graph can hold, before any weight is read."""
+    if schedule.kind == "adaptive":
+        raise ConfigError(
+            "schedule must be static, masked or a .json file where a graph is exported, got 'adaptive': its lengths "
+            "depend on the picture. masked keeps the same patches."
+        )
+
+
 def make_schedule(spec: str, vision: VisionConfig, tokens: int) -> Schedule:
     """The schedule for a name (`adaptive`, `static`, `masked`) or a schedule .json file.
 

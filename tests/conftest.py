@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,17 @@ import recipe
 GOLDEN = Path(os.environ.get("FLOWCUT_GOLDEN") or Path(__file__).parent / "golden")
 
 WriteCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Over small matrices torch's threads only wait for each other: 54 s instead of 11 where the machine is busy."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Golden(NamedTuple):

@@ -42,14 +42,7 @@ PRUNED = [name for name in SCHEDULES if name != "off"]
 # Their shapes or their control flow follow the data, or (Slice, Range) importers surround them with shape arithmetic.
 FORBIDDEN = {"NonZero", "Loop", "If", "Scan", "Slice", "Range", "Compress", "Unique", "NonMaxSuppression"}
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Over matrices this small threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -243,5 +236,7 @@ def test_metadata_travels_with_the_file(export: Callable[..., Path]) -> None:
 
 def test_adaptive_is_refused(weights: Weights) -> None:
     contract = vision_contract(weights.config, TOKENS, "fp32", Limits())
-    with pytest.raises(ConfigError, match=r"must be static, masked or a \.json file to export, got 'adaptive'"):
+    with pytest.raises(
+        ConfigError, match=r"must be static, masked or a \.json file where a graph is exported, got 'adaptive'"
+    ):
         vision_model(weights, contract, Schedule("adaptive", PATCHES, TOKENS), "fp32", {})
