@@ -298,7 +298,10 @@ def test_help_and_syntax_errors_import_nothing_heavy(arguments: str) -> None:
         ("inspect --help", ["exit code 1"]),
     ],
 )
-def test_help_teaches(arguments: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_teaches(
+    arguments: str, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # help is as wide as the terminal, and the tests may run in any
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 0
