@@ -5,6 +5,7 @@ MODEL          = llava-tiny
 WEIGHTS        = auto
 TOKENS         =
 SCHEDULE       = static
+SELECTOR       = flowcut
 PRECISION      = fp16
 BACKEND        = auto
 DECODER_LAYERS =
@@ -27,6 +28,8 @@ Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
   WEIGHTS=$(WEIGHTS)          auto, or random: seeded weights at MODEL's true geometry, nothing is downloaded
   TOKENS=              visual tokens kept per picture; empty: 11.1% of the patches (64 of LLaVA-1.5's 576)
   SCHEDULE=$(SCHEDULE)      static, masked, or a schedule in a FILE.json
+  SELECTOR=$(SELECTOR)     what chooses the patches: flowcut; less a part: no-history, no-semantic, no-strength; or
+                       with SCHEDULE=static: cls (attention of the last layer alone), grid, random-SEED
   PRECISION=$(PRECISION)       fp16; fp32 with BACKEND=ort
   BACKEND=$(BACKEND)         rtx (TensorRT-RTX), trt (TensorRT), ort (ONNX Runtime); auto: trt where it is installed and
                        a GPU is present, else rtx
@@ -63,11 +66,12 @@ help:
 # Through the environment and unexpanded, so that a question may hold quotes, spaces and dollars.
 engine: export FLOWCUT_MODEL := $(value MODEL)
 engine: export FLOWCUT_SCHEDULE := $(value SCHEDULE)
+engine: export FLOWCUT_SELECTOR := $(value SELECTOR)
 engine: export FLOWCUT_IMAGE := $(value IMAGE)
 engine: export FLOWCUT_QUESTION := $(value QUESTION)
 engine: $(ENGINE)
 	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) \
-	  --schedule "$$FLOWCUT_SCHEDULE" --precision $(PRECISION) --backend $(BACKEND) \
+	  --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" --precision $(PRECISION) --backend $(BACKEND) \
 	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \
 	  $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"} $(ARGS)
 

@@ -15,6 +15,7 @@ from flowcut.contract import Limits
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import open_image
 from flowcut.prompt import IMAGE, Tokenizer, batch, question_prompt
+from flowcut.selector import selector_name
 
 ANSWER_TOKENS = 32
 STAGES = ("preprocess", "vision", "prefill", "time_to_first_token", "decode_per_token")
@@ -103,6 +104,7 @@ class Answer:
             "weights": manifest.weights,
             "note": manifest.note,
             "tokens": manifest.tokens,
+            "selector": selector_name(manifest.schedule),
             "schedule": manifest.schedule["kind"],
             "precision": manifest.precision,
             "backend": engine.backend,

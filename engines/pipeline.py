@@ -39,6 +39,7 @@ from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 from flowcut.schedule import Schedule, check_fixed_shapes, default_tokens, make_schedule
+from flowcut.selector import FLOWCUT, selector_note
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -59,7 +60,9 @@ class BuildSettings:
     Attributes:
         tokens: patches kept per picture, an int or "all".
         schedule: "static", "masked" or the name of a schedule .json file.
-        out: the directory to make; None: `out_root`/<model>-<tokens>-<precision>-<backend>.
+        selector: what chooses the patches; None: what the schedule file says, else "flowcut".
+        out: the directory to make; None: `out_root`/<model>-<tokens>-<selector>-<precision>-<backend>, without the
+            selector where that is "flowcut".
     """
 
     model: str
@@ -67,6 +70,7 @@ class BuildSettings:
     seed: int = 0
     tokens: int | str | None = None
     schedule: str = "static"
+    selector: str | None = None
     precision: Precision = "fp16"
     backend: str = "auto"
     decoder_layers: int | None = None
@@ -106,14 +110,14 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     tokens = token_count(settings.tokens, model.config.vision.patches)
-    schedule = make_schedule(settings.schedule, model.config.vision, tokens)
+    schedule = make_schedule(settings.schedule, model.config.vision, tokens, settings.selector)
     check_fixed_shapes(schedule)
     limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
     tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)
     if check is not None:
         check(tokenizer, tokens, limits)
     image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
-    target = settings.out or settings.out_root / f"{model.name}-{tokens}-{settings.precision}-{backend}"
+    target = settings.out or settings.out_root / _directory_name(model.name, schedule, settings.precision, backend)
     check_replaceable(target)
     weight_bytes = _weight_bytes(model, settings.precision)
     check_space(target, weight_bytes + SETTINGS_BYTES + (0 if backend == "ort" else weight_bytes + CODE_BYTES))
@@ -131,6 +135,11 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     return Built(target, manifest, reports, "" if replaced == _summary(manifest) else replaced)
 
 
+def _directory_name(model: str, schedule: Schedule, precision: str, backend: str) -> str:
+    chosen = [] if schedule.selector == FLOWCUT else [schedule.selector]
+    return "-".join([model, str(schedule.tokens), *chosen, precision, backend])
+
+
 def _standing(target: Path) -> str:
     """What is at `target` now, in words; empty for nothing readable."""
     try:
@@ -143,7 +152,8 @@ def _summary(manifest: Manifest) -> str:
     """What tells apart builds that share a directory's name."""
     layers = manifest.geometry.text.num_hidden_layers
     weights = manifest.note or f"checkpoint {manifest.source_sha256[:8]}"
-    return f"{weights}, schedule {manifest.schedule['kind']}, {layers} decoder layers"
+    chosen = selector_note(manifest.schedule)
+    return f"{weights}, schedule {manifest.schedule['kind']}{chosen}, {layers} decoder layers"
 
 
 def token_count(tokens: int | str | None, patches: int) -> int:

@@ -23,7 +23,7 @@ from flowcut.deps import require
 from flowcut.errors import InputError
 from flowcut.overlay import draw
 from flowcut.preprocess import ImageSettings, open_image, pixel_values, undo
-from flowcut.schedule import Schedule, check_fixed_shapes, make_schedule
+from flowcut.schedule import Schedule, check_fixed_shapes, default_schedule, make_schedule
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -36,7 +36,8 @@ class PruneSettings:
     Attributes:
         tokens: patches kept per picture, an int or "all"; None: 11.1% of the patches.
         schedule: "adaptive", "static", "masked" or the name of a schedule .json file; None: adaptive in torch, masked,
-            which keeps the same patches, on ONNX Runtime.
+            which keeps the same patches, on ONNX Runtime, and static where the selector has no other.
+        selector: what chooses the patches; None: what the schedule file says, else "flowcut".
         backend: "torch" or "ort", which has no adaptive schedule.
         out, overlay: see `output_paths`.
     """
@@ -46,6 +47,7 @@ class PruneSettings:
     seed: int = 0
     tokens: int | str | None = None
     schedule: str | None = None
+    selector: str | None = None
     backend: str = "torch"
     images: tuple[Path, ...] = ()
     pixels: Path | None = None
@@ -99,8 +101,8 @@ def prune(settings: PruneSettings, progress: Progress) -> Outcome:
     """
     model = resolve(settings.model, random=settings.random, seed=settings.seed)
     vision = model.config.vision
-    name = settings.schedule or ("masked" if settings.backend == "ort" else "adaptive")
-    schedule = make_schedule(name, vision, token_count(settings.tokens, vision.patches))
+    name = settings.schedule or default_schedule(settings.selector, settings.backend)
+    schedule = make_schedule(name, vision, token_count(settings.tokens, vision.patches), settings.selector)
     image_settings = ImageSettings.from_directory(model.files, vision.image_size)
     if settings.pixels is None:
         pixels = pixel_values([open_image(path) for path in settings.images], image_settings)

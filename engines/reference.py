@@ -22,8 +22,8 @@ from flowcut.checkpoint import Weights
 from flowcut.config import NUMPY_DTYPE, LlavaConfig
 from flowcut.contract import GraphContract, past_names, present_names
 from flowcut.language import KVCache, LanguageModel
-from flowcut.schedule import Schedule, drop_count, layers_left, pruning_points
-from flowcut.scoring import FlowScore, accumulate, flow_score
+from flowcut.schedule import Schedule, drop_count, layers_left
+from flowcut.scoring import FlowScore, running_score
 from flowcut.vision import VisionModel
 
 _CLASS, _POSITIONS = (
@@ -113,17 +113,18 @@ class TorchVision(TorchRunner):
     def _lead(self, pixels: Tensor, wanted: Tensor) -> tuple[Tensor, float, float]:
         """One image; see Led."""
         tower = self.model.vision_tower["vision_model"]
-        points = pruning_points(tower.config.num_hidden_layers)
+        points = self.schedule.points(tower.config.num_hidden_layers)
+        scored_layers = self.schedule.scored_layers(tower.config.num_hidden_layers)
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         numbers, running = torch.arange(self.schedule.patches), None
         widest, closest = 0.0, float("inf")
         for i, layer in enumerate(tower.encoder["layers"]):
             q, k, v = layer.project(hidden)
             hidden = layer(hidden, q, k, v, None)
-            if len(numbers) == self.schedule.tokens:
+            if len(numbers) == self.schedule.tokens or i not in scored_layers:
                 continue
-            scored = flow_score(q, k, v)
-            running = accumulate(running, scored.score)
+            scored = running_score(self.schedule, running, q, k, v)
+            running = scored.score
             if i in points:
                 keep = self._keep(points, i, len(numbers), scored)
                 rows, gap, call = choose(running[0], torch.isin(numbers, wanted), keep)

@@ -14,6 +14,7 @@ from engines.pipeline import Built
 from engines.prune import Outcome
 from engines.runtime import LlavaEngine
 from flowcut.artifacts import Manifest
+from flowcut.selector import FLOWCUT, selector_note
 
 LIBRARIES = {"ort": "ONNX Runtime", "rtx": "TensorRT-RTX", "trt": "TensorRT"}
 STAGES = {
@@ -50,7 +51,8 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
         _field(console, "", f"cut after {len(answer.generation.token_ids[0])} tokens; --answer-tokens N asks for more")
     for path, numbers in zip(question.images, answer.generation.kept[0], strict=True):
         _field(console, "picture", str(path))
-        _field(console, "kept", f"{len(numbers)} of {manifest.geometry.vision.patches} patches")
+        patches, chosen = manifest.geometry.vision.patches, selector_note(manifest.schedule)
+        _field(console, "kept", f"{len(numbers)} of {patches} patches{chosen}")
         console.print(_map(numbers.tolist(), manifest.geometry.vision.grid, "#." if plain else "█·"))
     runs = max(int(values["n"] or 0) for values in answer.latency_ms.values())
     _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {answer.prompt_tokens} prompt tokens, batch 1")
@@ -72,6 +74,8 @@ def pruned(console: Console, outcome: Outcome) -> None:
     if result.trace:
         kind = outcome.schedule.kind
         _heading(console, f"schedule {kind}: patches left at the input and after each layer that prunes")
+        if outcome.schedule.selector != FLOWCUT:
+            _field(console, "selector", outcome.schedule.selector)
         table = _table("picture", "input", *[str(layer) for layer, _ in result.trace])
         for i in range(len(result.kept)):
             table.add_row(str(i), str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
@@ -92,7 +96,8 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
         "model": manifest.model + (f" ({manifest.note})" if manifest.note else ""),
         "source": f"sha256 {manifest.source_sha256[:16]}.." if manifest.source_sha256 else "",
         "visual tokens": f"{manifest.tokens} of {vision.patches} patches",
-        "schedule": f"{manifest.schedule['kind']} {', '.join(map(str, manifest.schedule['counts']))}",
+        "schedule": f"{manifest.schedule['kind']} {', '.join(map(str, manifest.schedule['counts']))}"
+        + selector_note(manifest.schedule),
         "precision": manifest.precision,
         "compiled for": "ONNX Runtime" if manifest.backend == "ort" else f"{LIBRARIES[manifest.backend]}, {targets}",
         "vision": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {vision.image_size} px in patches "

@@ -1,6 +1,7 @@
 """`flowcut::FlowScore`: the scoring op as a custom-domain node with a standard-op body.
 
-ONNX Runtime and TensorRT-RTX inline the body; TensorRT can take the node as a plugin. Two forms of one definition:
+ONNX Runtime and TensorRT-RTX inline the body; TensorRT can take the node as a plugin. Two forms of one definition,
+of which FlowCut's ablations have variants with the same inputs, `FlowScoreNoSemantic` and the like (`op_name`):
 
     running' = FlowScore(q_row, v_row, k, v, rows, running)
     running', entropy_ratio = FlowScoreMasked(q_row, v_row, k, v, rows, running, key_valid)
@@ -49,32 +50,38 @@ class _Body(GraphBuilder):
         return self.op("Constant", value_float=ir.RefAttr("value_float", name, ir.AttributeType.FLOAT))
 
 
-def flow_score_function(masked: bool = False) -> ir.Function:
-    """The body of `FlowScore`, or of `FlowScoreMasked`.
+def op_name(masked: bool = False, semantic: bool = True, strength: bool = True) -> str:
+    """The op's name in that form and without the parts that are False."""
+    without = ("" if semantic else "NoSemantic") + ("" if strength else "NoStrength")
+    return f"FlowScore{without}{'Masked' if masked else ''}"
+
+
+def flow_score_function(masked: bool = False, semantic: bool = True, strength: bool = True) -> ir.Function:
+    """The body of `FlowScore`, or of another of `op_name`'s.
 
     Attention and similarity are one batch of 2B: k over v, one product, one softmax. Against two of each, that halves
-    what TensorRT generates per sequence length.
+    what TensorRT generates per sequence length. Without the semantic part it is a batch of B, of attention alone.
     """
-    b = _Body("FlowScoreMasked" if masked else "FlowScore")
+    b = _Body(op_name(masked, semantic, strength))
     values = {name: b.parameter(name) for name in (*INPUTS, *(("key_valid",) if masked else ()))}
     rows, key_valid = values["rows"], values.get("key_valid")
 
-    sources = b.op(
-        "Concat",
-        b.op("Mul", _float(b, values["q_row"]), b.attribute("logit_scale")),
-        b.op("Mul", _float(b, values["v_row"]), b.attribute("semantic_scale")),
-        axis=0,
-    )  # [2B, H, 1, d]
-    keys = _float(b, b.op("Concat", values["k"], values["v"], axis=0))  # [2B, H, S, d]
-    logits = b.op("MatMul", sources, b.op("Transpose", keys, perm=[0, 1, 3, 2]))  # [2B, H, 1, S]
+    sources = b.op("Mul", _float(b, values["q_row"]), b.attribute("logit_scale"))  # [B, H, 1, d]
+    keys = values["k"]
+    if semantic:
+        similar = b.op("Mul", _float(b, values["v_row"]), b.attribute("semantic_scale"))
+        sources = b.op("Concat", sources, similar, axis=0)  # [2B, H, 1, d]
+        keys = b.op("Concat", keys, values["v"], axis=0)  # [2B, H, S, d]
+    logits = b.op("MatMul", sources, b.op("Transpose", _float(b, keys), perm=[0, 1, 3, 2]))  # [2B or B, H, 1, S]
     if key_valid is not None:
-        both_valid = b.op("Concat", key_valid, key_valid, axis=0)
-        logits = b.op("Where", both_valid, logits, b.const(-np.inf, "float32"))
-    share = _share(b, logits, rows)  # [2, B, 1, N], each row summing to 1
-    both = b.op("ReduceSum", share, b.const([0, 2], "int64"), keepdims=0)
-    mean_value = b.op("ReduceMean", _float(b, values["v"]), b.const([1], "int64"), keepdims=0)  # [B, S, d]
-    strength = b.op("ReduceL1", mean_value, b.const([2], "int64"), keepdims=0)
-    score = b.op("Mul", both, b.op("Gather", strength, rows, axis=1))  # [B, N]
+        valid = b.op("Concat", key_valid, key_valid, axis=0) if semantic else key_valid
+        logits = b.op("Where", valid, logits, b.const(-np.inf, "float32"))
+    share = _share(b, logits, rows, parts=1 + semantic)  # [2 or 1, B, 1, N], each row summing to 1
+    score = b.op("ReduceSum", share, b.const([0, 2], "int64"), keepdims=0)  # [B, N]
+    if strength:
+        mean_value = b.op("ReduceMean", _float(b, values["v"]), b.const([1], "int64"), keepdims=0)  # [B, S, d]
+        norm = b.op("ReduceL1", mean_value, b.const([2], "int64"), keepdims=0)
+        score = b.op("Mul", score, b.op("Gather", norm, rows, axis=1))
     outputs = {"running_out": _accumulate(b, values["running"], score)}
     if key_valid is not None:
         outputs["entropy_ratio"] = _entropy_ratio(b, share, key_valid)
@@ -87,18 +94,18 @@ def _float(b: GraphBuilder, x: ir.Value) -> ir.Value:
     return b.op("Cast", x, to=ir.DataType.FLOAT)
 
 
-def _share(b: GraphBuilder, logits: ir.Value, rows: ir.Value) -> ir.Value:
-    """Head-mean softmax of logits [2B, H, 1, S] at `rows`, normalised over them: [2, B, 1, N]."""
+def _share(b: GraphBuilder, logits: ir.Value, rows: ir.Value, parts: int) -> ir.Value:
+    """Head-mean softmax of logits [parts * B, H, 1, S] at `rows`, normalised over them: [parts, B, 1, N]."""
     last = b.const([3], "int64")
     # The steps of a stable log-softmax, spelled out: importers differ in how they expand the composite ops.
     shifted = b.op("Sub", logits, b.op("ReduceMax", logits, last, keepdims=1))
     total = b.op("Log", b.op("ReduceSum", b.op("Exp", shifted), last, keepdims=1))
-    log_share = b.op("Gather", b.op("Sub", shifted, total), rows, axis=3)  # [2B, H, 1, N]
+    log_share = b.op("Gather", b.op("Sub", shifted, total), rows, axis=3)  # [parts * B, H, 1, N]
     largest = b.op("ReduceMax", log_share, b.const([1, 3], "int64"), keepdims=1)
     weight = b.op("Exp", b.op("Sub", log_share, largest))
-    weight = b.op("ReduceSum", weight, b.const([1], "int64"), keepdims=1)  # [2B, 1, 1, N]
+    weight = b.op("ReduceSum", weight, b.const([1], "int64"), keepdims=1)  # [parts * B, 1, 1, N]
     share = b.op("Div", weight, b.op("ReduceSum", weight, last, keepdims=1))
-    return b.op("Reshape", share, b.const([2, -1, 1, 0], "int64"))
+    return b.op("Reshape", share, b.const([parts, -1, 1, 0], "int64"))
 
 
 def _accumulate(b: _Body, running: ir.Value, score: ir.Value) -> ir.Value:

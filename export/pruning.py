@@ -6,13 +6,14 @@ import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
-from export.flow_score import DOMAIN
+from export.flow_score import DOMAIN, flow_score_function, op_name
 from flowcut.config import VisionConfig
-from flowcut.schedule import HISTORY, Schedule, layers_left, pruning_points
+from flowcut.schedule import Schedule, layers_left
+from flowcut.selector import selector
 
 
 class PruningSteps:
-    """Emits scoring after every layer that needs it and gathers at pruning points.
+    """Emits scoring after every layer that the selector reads and gathers at pruning points.
 
     State between layers: the running score [images, N], original patch numbers [images, N] (None while they are still
     0..N-1), and, for `masked`, the valid count as float32 [images, 1] with the key mask made from it.
@@ -21,7 +22,9 @@ class PruningSteps:
     def __init__(self, b: GraphBuilder, schedule: Schedule, vision: VisionConfig, pixel_values: ir.Value) -> None:
         self._b, self._schedule, self._vision = b, schedule, vision
         self._pixel_values = pixel_values  # tells how many images there are
-        self._points = pruning_points(vision.num_hidden_layers)
+        self._selector = selector(schedule.selector)
+        self._points = schedule.points(vision.num_hidden_layers)
+        self._scored_layers = schedule.scored_layers(vision.num_hidden_layers)
         self._patches = schedule.patches
         self._running: ir.Value | None = None
         self._numbers: ir.Value | None = None
@@ -44,13 +47,19 @@ class PruningSteps:
 
     def after_layer(self, layer: int, q: ir.Value, k: ir.Value, v: ir.Value, hidden: ir.Value) -> ir.Value:
         """Score layer `layer` from its q, k, v [images, H, N+1, d]; at a pruning point drop rows of hidden."""
-        if self._patches > self._schedule.tokens:
+        if self._patches > self._schedule.tokens and layer in self._scored_layers:
             with self._b.scope("flow"):
                 entropy_ratio = self._score(q, k, v)
                 if layer in self._points:
                     hidden = self._prune(layer, entropy_ratio, hidden)
         self._counts.append(self._patches if self._key_valid is None else self._valid_count)
         return hidden
+
+    def functions(self) -> list[ir.Function]:
+        """Bodies of the custom nodes that were emitted."""
+        if self._schedule.kind == "off" or self._selector.constant is not None:
+            return []
+        return [flow_score_function(self._masked, self._selector.semantic, self._selector.strength)]
 
     def kept(self) -> ir.Value:
         """Original numbers of the patches that are left, [images, T]."""
@@ -68,7 +77,10 @@ class PruningSteps:
 
     def _score(self, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value | None:
         """Update the running score; returns the entropy ratio where the schedule needs it."""
-        b = self._b
+        b, by = self._b, self._selector
+        if by.constant is not None:
+            self._running = self._per_image(by.constant(self._schedule.patches, self._schedule.tokens), "float32")
+            return None
         cls = b.const([0], "int64")
         inputs = [
             b.op("Gather", q, cls, axis=2),
@@ -77,21 +89,22 @@ class PruningSteps:
             v,
             self._rows(1, self._patches + 1),
         ]
-        first = self._running is None
-        inputs.append(b.const([[0.0]], "float32") if self._running is None else self._running)
+        running = self._running if by.history else None  # not 0 times it: it may hold -inf
+        inputs.append(b.const([[0.0]], "float32") if running is None else running)
         attributes = {
             "logit_scale": float(self._vision.head_size**-0.5),
             "semantic_scale": 1.0,
-            "history": 0.0 if first else HISTORY,
+            "history": 0.0 if running is None else by.history,
         }
+        name = op_name(self._masked, by.semantic, by.strength)
         if not self._masked:
-            self._running = b.op("FlowScore", *inputs, domain=DOMAIN, **attributes)
+            self._running = b.op(name, *inputs, domain=DOMAIN, **attributes)
             return None
         if self._key_valid is None:
             inputs.append(self._per_image(np.ones((1, 1, self._patches + 1)), "bool"))
         else:
             inputs.append(self._key_valid)
-        self._running, entropy_ratio = b.ops("FlowScoreMasked", *inputs, domain=DOMAIN, outputs=2, **attributes)
+        self._running, entropy_ratio = b.ops(name, *inputs, domain=DOMAIN, outputs=2, **attributes)
         return entropy_ratio
 
     def _prune(self, layer: int, entropy_ratio: ir.Value | None, hidden: ir.Value) -> ir.Value:
@@ -140,7 +153,7 @@ class PruningSteps:
         row = b.op("Reshape", b.op("Add", order, b.const(1, "int64")), b.const([-1, keep, 1], "int64"))
         cls = b.op("Gather", hidden, b.const([0], "int64"), axis=1)
         hidden = b.op("Concat", cls, b.op("GatherND", hidden, row, batch_dims=1), axis=1)
-        if keep > self._schedule.tokens:
+        if keep > self._schedule.tokens and self._selector.history:
             self._running = b.op("GatherElements", self._running, order, axis=1)
         self._numbers = order if self._numbers is None else b.op("GatherElements", self._numbers, order, axis=1)
         self._patches = keep

@@ -14,12 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
-from export.flow_score import flow_score_function
 from export.pruning import PruningSteps
 from flowcut.checkpoint import Weights
 from flowcut.config import NUMPY_DTYPE, VisionConfig
 from flowcut.contract import GraphContract, TensorSpec
-from flowcut.schedule import Schedule, check_fixed_shapes, pruning_points
+from flowcut.schedule import Schedule, check_fixed_shapes
 
 TOWER = "vision_tower.vision_model."
 
@@ -59,14 +58,13 @@ def vision_model(
     if trace:
         outputs |= {"features": b.op("Cast", features, to=ir.DataType.FLOAT), **steps.trace()}
         contract = traced_contract(contract, schedule, weights.config.vision)
-    functions = [] if schedule.kind == "off" else [flow_score_function(masked=schedule.kind == "masked")]
-    return b.model(contract, outputs, metadata, functions)
+    return b.model(contract, outputs, metadata, steps.functions())
 
 
 def traced_contract(contract: GraphContract, schedule: Schedule, vision: VisionConfig) -> GraphContract:
     """The contract of a graph built with `trace`."""
     sizes = (schedule.patches, *schedule.counts)
-    points = zip(pruning_points(vision.num_hidden_layers), pairwise(sizes), strict=False)
+    points = zip(schedule.points(vision.num_hidden_layers), pairwise(sizes), strict=False)
     specs = (
         TensorSpec("features", "float32", ("images", schedule.tokens, vision.hidden_size)),
         TensorSpec("counts", "int64", ("images", vision.num_hidden_layers + 1)),

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowcut.schedule import Schedule, drop_count, layers_left, pruning_points
-from flowcut.scoring import FlowScore, accumulate, flow_score
+from flowcut.schedule import Schedule, drop_count, layers_left
+from flowcut.scoring import FlowScore, running_score
 
 
 class Pruner:
@@ -20,7 +20,8 @@ class Pruner:
     def __init__(self, schedule: Schedule, layers: int, batch: int, device: torch.device) -> None:
         self._schedule = schedule
         self._layers = layers
-        self._points = pruning_points(layers)
+        self._points = schedule.points(layers)
+        self._scored_layers = schedule.scored_layers(layers)
         self._numbers = torch.arange(schedule.patches, device=device).repeat(batch, 1)  # [B, N] original numbers
         self._valid_count = torch.full((batch,), schedule.patches, device=device) if schedule.kind == "masked" else None
         self._running: Tensor | None = None
@@ -37,7 +38,7 @@ class Pruner:
         return None if valid is None else F.pad(valid, (1, 0), value=True)[:, None, None]
 
     def after_layer(self, layer: int, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        """Score the layer and, at a pruning point, drop patches.
+        """Score the layer, if the selector reads it, and at a pruning point drop patches.
 
         Args:
             q, k, v: [B, H, N+1, d] of this layer.
@@ -46,9 +47,9 @@ class Pruner:
         Returns:
             hidden of CLS and the patches that stay, [B, K+1, D].
         """
-        if self._patches > self._schedule.tokens:
-            scored = flow_score(q, k, v, self._valid())
-            self._running = accumulate(self._running, scored.score)
+        if self._patches > self._schedule.tokens and layer in self._scored_layers:
+            scored = running_score(self._schedule, self._running, q, k, v, self._valid())
+            self._running = scored.score
             if layer in self._points:
                 hidden = self._prune(layer, scored, hidden)
         self._counts.append(self._count())

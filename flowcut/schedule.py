@@ -6,13 +6,16 @@ Four kinds, one code path in the modules that use them:
 - `adaptive`  the count follows from the data, one image at a time (eager PyTorch only);
 - `static`    constants, so every shape is fixed;
 - `masked`    constants bound the shapes, the count within them follows from the data on the device.
+
+Which patches they are is the selector's choice (flowcut/selector.py). A one-shot selector has one pruning point, which
+leaves exactly T, so `static` is its only kind.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +23,10 @@ from typing import Any, Literal, get_args
 
 from flowcut.config import VisionConfig
 from flowcut.errors import ConfigError
+from flowcut.selector import FLOWCUT
+from flowcut.selector import selector as find_selector
 
 Kind = Literal["off", "adaptive", "static", "masked"]
-HISTORY = 0.5
-"""Weight of the running score: cum = (cum + score) / 2."""
 ENTROPY_RATIO = 0.9
 """The entropy ratio that the closed form assumes where no calibration was done."""
 DEFAULT_SHARE = 64 / 576
@@ -75,21 +78,29 @@ class Schedule:
         patches: patches of one image, N at layer 0.
         tokens: patches kept in the end, T.
         counts: per pruning point the patches kept (`static`) or the capacity (`masked`); empty otherwise.
+        selector: name of what chooses the patches.
     """
 
     kind: Kind
     patches: int
     tokens: int
     counts: tuple[int, ...] = ()
+    selector: str = FLOWCUT
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"schedule.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        one_shot = find_selector(self.selector).one_shot
         check_tokens(self.tokens, self.patches)
         if (self.kind == "off") != (self.tokens == self.patches):
             raise ConfigError(
                 f"schedule.kind must be 'off' exactly when tokens equals patches, got kind={self.kind!r}, "
                 f"tokens={self.tokens}, patches={self.patches}."
+            )
+        if one_shot and self.kind not in ("off", "static"):
+            raise ConfigError(
+                f"schedule must be static with the selector {self.selector}, which chooses once, after the last layer, "
+                f"and always as many as tokens says, got {self.kind!r}. Ask for static, or for another selector."
             )
         if (self.kind in ("static", "masked")) != bool(self.counts):
             raise ConfigError(f"schedule.counts must be given for static and masked only, got {self.counts!r}.")
@@ -101,27 +112,49 @@ class Schedule:
                     f"schedule.counts must fall from at most {self.patches} to exactly {self.tokens} (tokens), "
                     f"got {list(self.counts)}."
                 )
+            if one_shot and len(self.counts) > 1:
+                raise ConfigError(
+                    f"schedule.counts must be [{self.tokens}] with the selector {self.selector}, which has one pruning "
+                    f"point, got {list(self.counts)}."
+                )
+
+    def points(self, layers: int) -> list[int]:
+        """Layers of a tower of `layers` after which patches are dropped; `counts` has one number for each."""
+        return [layers - 2] if find_selector(self.selector).one_shot else pruning_points(layers)
+
+    def scored_layers(self, layers: int) -> Sequence[int]:
+        """Layers whose score the selector reads while there are more than `tokens` patches."""
+        points = self.points(layers)
+        return range(points[-1] + 1) if find_selector(self.selector).history else points
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "counts": list(self.counts)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Schedule:
-        """Inverse of `to_dict`; unknown or missing keys are errors."""
+        """Inverse of `to_dict`; unknown or missing keys are errors, but older files have no selector."""
         expected = {"kind", "patches", "tokens", "counts"}
-        if not isinstance(data, Mapping) or set(data) != expected:
+        if not isinstance(data, Mapping) or set(data) - {"selector"} != expected:
             got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-            raise ConfigError(f"schedule must have the keys {sorted(expected)}, got {got}.")
+            raise ConfigError(f"schedule must have the keys {sorted(expected)} and may have selector, got {got}.")
         counts = data["counts"]
         numbers = [data["patches"], data["tokens"], *(counts if isinstance(counts, (list, tuple)) else [None])]
         if not all(_is_int(n) for n in numbers):
             raise ConfigError(f"schedule.patches, tokens and counts must be integers, got {dict(data)!r}.")
-        return Schedule(data["kind"], data["patches"], data["tokens"], tuple(counts))
+        chosen = find_selector(data.get("selector", FLOWCUT)).name
+        return Schedule(data["kind"], data["patches"], data["tokens"], tuple(counts), chosen)
 
 
 def default_tokens(patches: int) -> int:
     """11.1% of the patches."""
     return max(1, round(patches * DEFAULT_SHARE))
+
+
+def default_schedule(selector: str | None, backend: str) -> str:
+    """adaptive in torch; masked, which keeps the same patches, on ONNX Runtime; static where there is no other."""
+    if selector is not None and find_selector(selector).one_shot:
+        return "static"
+    return "masked" if backend == "ort" else "adaptive"
 
 
 def check_tokens(tokens: int, patches: int) -> None:
@@ -139,47 +172,58 @@ def check_fixed_shapes(schedule: Schedule) -> None:
         )
 
 
-def make_schedule(spec: str, vision: VisionConfig, tokens: int) -> Schedule:
+def make_schedule(spec: str, vision: VisionConfig, tokens: int, selector: str | None = None) -> Schedule:
     """The schedule for a name (`adaptive`, `static`, `masked`) or a schedule .json file.
 
     Bare `static` takes the closed form; bare `masked` has full capacity. With tokens = patches it is always `off`.
 
+    Args:
+        selector: None: what the file says, and flowcut where there is none.
+
     Raises:
-        ConfigError: unknown name, unreadable file, or a file for another geometry or budget.
+        ConfigError: unknown name, unreadable file, or a file for another geometry, budget or selector.
     """
     check_tokens(tokens, vision.patches)
     if spec.endswith(".json"):
-        return _load(Path(spec), vision, tokens)
+        return _load(Path(spec), vision, tokens, selector)
     if spec not in ("adaptive", "static", "masked"):
         raise ConfigError(f"schedule must be adaptive, static, masked or a .json file, got {spec!r}.")
-    points = pruning_points(vision.num_hidden_layers)
-    if tokens == vision.patches:
-        return Schedule("off", vision.patches, tokens)
-    if not points:
-        raise ConfigError(f"num_hidden_layers must be at least 3 to prune, got {vision.num_hidden_layers}.")
+    chosen, patches = find_selector(FLOWCUT if selector is None else selector), vision.patches
+    if tokens == patches:
+        return Schedule("off", patches, tokens, (), chosen.name)
     if spec == "static":
-        return Schedule("static", vision.patches, tokens, closed_form(vision, tokens))
+        counts = (tokens,) if chosen.one_shot else closed_form(vision, tokens)
+        return Schedule("static", patches, tokens, counts, chosen.name)
     if spec == "masked":
-        return Schedule("masked", vision.patches, tokens, (vision.patches,) * (len(points) - 1) + (tokens,))
-    return Schedule("adaptive", vision.patches, tokens)
+        full = (patches,) * (len(pruning_points(vision.num_hidden_layers)) - 1)
+        return Schedule("masked", patches, tokens, (*full, tokens), chosen.name)
+    return Schedule("adaptive", patches, tokens, (), chosen.name)
 
 
-def _load(path: Path, vision: VisionConfig, tokens: int) -> Schedule:
+def _load(path: Path, vision: VisionConfig, tokens: int, selector: str | None) -> Schedule:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"schedule {path} must be a readable JSON file, got: {error}.") from None
     schedule = Schedule.from_dict(data)
-    wanted = {
+    wanted: dict[str, int | str] = {
         "patches": vision.patches,
         "tokens": tokens,
-        "pruning points": len(pruning_points(vision.num_hidden_layers)),
+        "pruning points": len(schedule.points(vision.num_hidden_layers)),
     }
-    got = {"patches": schedule.patches, "tokens": schedule.tokens, "pruning points": len(schedule.counts)}
+    got: dict[str, int | str] = {
+        "patches": schedule.patches,
+        "tokens": schedule.tokens,
+        "pruning points": len(schedule.counts),
+    }
     if not schedule.counts:
         del wanted["pruning points"], got["pruning points"]
+    if selector is not None:
+        wanted["selector"], got["selector"] = find_selector(selector).name, schedule.selector
     if wanted != got:
-        raise ConfigError(f"schedule {path} must be made for {wanted}, got {got}. Choose another file or --tokens.")
+        raise ConfigError(
+            f"schedule {path} must be made for {wanted}, got {got}. Choose another file, --tokens or --selector."
+        )
     return schedule
 
 

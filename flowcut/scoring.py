@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowcut.schedule import HISTORY
+from flowcut.schedule import Schedule
+from flowcut.selector import HISTORY, selector
 
 
 class FlowScore(NamedTuple):
     """Scores of one layer.
 
     Attributes:
-        score: [B, N] float32, this layer's flow score.
+        score: [B, N] float32, this layer's flow score, or the running score that it was made part of.
         entropy_ratio: [B] float32, entropy of the normalised CLS attention over ln N (1 = flat); 1 where N <= 1.
     """
 
@@ -28,25 +29,51 @@ class FlowScore(NamedTuple):
     entropy_ratio: Tensor
 
 
-def flow_score(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> FlowScore:
+def running_score(
+    schedule: Schedule, running: Tensor | None, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None
+) -> FlowScore:
+    """The running score after one more scored layer, as the schedule's selector has it.
+
+    Args:
+        running: [B, N] before; None at the first scored layer.
+        q, k, v, valid: see `flow_score`.
+    """
+    by = selector(schedule.selector)
+    if by.constant is not None:
+        constant = torch.from_numpy(by.constant(schedule.patches, schedule.tokens)).to(q.device)
+        return FlowScore(constant.expand(len(q), -1), constant.new_ones(len(q)))
+    scored = flow_score(q, k, v, valid, by.semantic, by.strength)
+    return scored._replace(score=accumulate(running, scored.score, by.history))
+
+
+def flow_score(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, semantic: bool = True, strength: bool = True
+) -> FlowScore:
     """Score patches 1..N by what flows between them and CLS (row 0).
 
     Args:
         q, k, v: [B, H, N+1, d], any float dtype, after bias and before attention.
         valid: [B, N] bool; False patches take part in no sum and no softmax, and score 0.
+        semantic, strength: leave out that part of the score.
     """
     q_row, k, v = q[:, :, :1].float(), k.float(), v.float()
     scale = q.shape[-1] ** -0.5
     keys = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)  # [B, N+1]
     rel = _share((q_row * scale) @ k.transpose(-1, -2), keys)
-    sem = _share(v[:, :, :1] @ v.transpose(-1, -2), keys)
-    strength = v.mean(1)[:, 1:].abs().sum(-1)  # [B, N]
-    return FlowScore((rel + sem) * strength, _entropy_ratio(rel, valid))
+    score = rel
+    if semantic:
+        score = score + _share(v[:, :, :1] @ v.transpose(-1, -2), keys)
+    if strength:
+        score = score * v.mean(1)[:, 1:].abs().sum(-1)
+    return FlowScore(score, _entropy_ratio(rel, valid))
 
 
-def accumulate(running: Tensor | None, score: Tensor) -> Tensor:
-    """Running score: the first layer's score, then the mean of what was and what is."""
-    return score if running is None else HISTORY * running + (1 - HISTORY) * score
+def accumulate(running: Tensor | None, score: Tensor, history: float = HISTORY) -> Tensor:
+    """Running score: the first layer's score, then the mean of what was and what is; without history always the first.
+
+    What was may hold -inf, so its weight of 0 is no product.
+    """
+    return score if running is None or not history else history * running + (1 - history) * score
 
 
 def _share(logits: Tensor, keys: Tensor | None) -> Tensor:

@@ -51,15 +51,17 @@ def score_tolerance(largest_logit: float) -> float:
     return 1e-5 + 4 * 2.0**-24 * largest_logit
 
 
-def flow_score(q: Array, k: Array, v: Array) -> Score:
-    """Score of patches 1..N of one image from q, k, v [H, N+1, d] (any dtype)."""
+def flow_score(q: Array, k: Array, v: Array, selector: str = "flowcut") -> Score:
+    """Score of patches 1..N of one image from q, k, v [H, N+1, d] (any dtype), as that selector has it."""
     q, k, v = (x.astype(np.longdouble) for x in (q, k, v))
     attention = np.einsum("hd,hjd->hj", q[:, 0], k) / np.sqrt(np.longdouble(q.shape[-1]))
     similarity = np.einsum("hd,hjd->hj", v[:, 0], v)  # not scaled
     rel, sem = _normalised(attention), _normalised(similarity)
     strength = np.abs(v.mean(0)[1:]).sum(-1)
     largest = max(np.abs(attention).max(), np.abs(similarity).max())
-    return Score(((rel + sem) * strength).astype(np.float64), _entropy_ratio(rel), float(largest))
+    scores = {"no-semantic": rel * strength, "no-strength": rel + sem, "cls": rel}
+    score = scores.get(selector, (rel + sem) * strength)
+    return Score(score.astype(np.float64), _entropy_ratio(rel), float(largest))
 
 
 def _normalised(logits: Array) -> Array:
@@ -110,12 +112,21 @@ def spec_points(layers: int) -> list[int]:
     return sorted(range(layers - 3, -1, -2))
 
 
-def tower(weights: Tensors, pixels: Array, sizes: Sequence[int], tokens: int, keep: KeepRule) -> Pruned:
-    """CLIP up to hidden state -2 with FlowCut, float64.
+def tower(
+    weights: Tensors,
+    pixels: Array,
+    sizes: Sequence[int],
+    tokens: int,
+    keep: KeepRule,
+    selector: str = "flowcut",
+    constant: ArrayLike = (),
+) -> Pruned:
+    """CLIP up to hidden state -2 with FlowCut or another selector, float64.
 
     Args:
         pixels: [3, S, S], one image.
         sizes: layers, heads, patch size.
+        constant: the scores [N] of a selector that reads no layer.
     """
     layers, heads, patch = sizes
 
@@ -124,12 +135,16 @@ def tower(weights: Tensors, pixels: Array, sizes: Sequence[int], tokens: int, ke
 
     hidden = _layer_norm(_embed(load, pixels.astype(np.float64), patch), load, "pre_layrnorm")
     numbers, running, counts = np.arange(len(hidden) - 1), np.zeros(0), [len(hidden) - 1]
+    one_shot = selector == "cls" or len(np.asarray(constant)) > 0
+    points = [layers - 2] if one_shot else spec_points(layers)
     for layer in range(layers - 1):
-        hidden, scored = _encoder_layer(hidden, load, f"encoder.layers.{layer}.", heads)
+        hidden, scored = _encoder_layer(hidden, load, f"encoder.layers.{layer}.", heads, selector)
         if len(numbers) > tokens:
-            running = (running + scored.score) / 2 if layer else scored.score
-            if layer in spec_points(layers):
-                count = tokens if layer == layers - 3 else keep(layer, len(numbers), scored.entropy_ratio)
+            forgets = layer == 0 or one_shot or selector == "no-history"
+            running = scored.score if forgets else (running + scored.score) / 2
+            if layer in points:
+                running = np.asarray(constant) if len(np.asarray(constant)) else running
+                count = tokens if layer == points[-1] else keep(layer, len(numbers), scored.entropy_ratio)
                 rows = sorted(sorted(range(len(numbers)), key=lambda j: (-running[j], j))[:count])
                 hidden, numbers, running = hidden[[0, *(j + 1 for j in rows)]], numbers[rows], running[rows]
         counts.append(len(numbers))
@@ -146,7 +161,9 @@ def _embed(load: Callable[[str], Array], pixels: Array, patch: int) -> Array:
     return np.stack(rows) + load("embeddings.position_embedding.weight")
 
 
-def _encoder_layer(hidden: Array, load: Callable[[str], Array], name: str, heads: int) -> tuple[Array, Score]:
+def _encoder_layer(
+    hidden: Array, load: Callable[[str], Array], name: str, heads: int, selector: str
+) -> tuple[Array, Score]:
     def linear(x: Array, part: str) -> Array:
         return x @ load(f"{name}{part}.weight").T + load(f"{name}{part}.bias")
 
@@ -159,7 +176,7 @@ def _encoder_layer(hidden: Array, load: Callable[[str], Array], name: str, heads
     attended = (share / share.sum(-1, keepdims=True)) @ v
     hidden = hidden + linear(attended.swapaxes(0, 1).reshape(len(x), -1), "self_attn.out_proj")
     x = linear(_layer_norm(hidden, load, f"{name}layer_norm2"), "mlp.fc1")
-    return hidden + linear(x / (1 + np.exp(-1.702 * x)), "mlp.fc2"), flow_score(q, k, v)
+    return hidden + linear(x / (1 + np.exp(-1.702 * x)), "mlp.fc2"), flow_score(q, k, v, selector)
 
 
 def _layer_norm(x: Array, load: Callable[[str], Array], name: str) -> Array:

@@ -56,6 +56,15 @@ def test_directory_is_named_after_what_is_in_it(tmp_path: Path) -> None:
     assert build_directory(settings, Progress(disable=True)).directory == tmp_path / "llava-tiny-20-fp32-ort"
 
 
+@pytest.mark.parametrize("name", ["cls", "random-3"])
+def test_directory_is_named_after_a_selector_that_is_not_flowcut(tmp_path: Path, name: str) -> None:
+    built = build_directory(replace(TINY, out_root=tmp_path, tokens=20, selector=name), Progress(disable=True))
+    assert built.directory == tmp_path / f"llava-tiny-20-{name}-fp16-ort"
+    assert built.manifest.schedule["selector"] == name
+    kept = load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", 1).kept[0][0]
+    assert len(kept) == 20
+
+
 def test_manifest_and_graphs_say_what_they_were_made_from(tmp_path: Path) -> None:
     built = build(tmp_path / "e", tokens=20, schedule="masked", max_batch=2, max_images=3, max_new_tokens=9)
     model, manifest = resolve("llava-tiny"), read_manifest(tmp_path / "e")
@@ -65,7 +74,13 @@ def test_manifest_and_graphs_say_what_they_were_made_from(tmp_path: Path) -> Non
     assert manifest.source_sha256 == model.weights.sha256
     assert (manifest.model, manifest.weights, manifest.note) == ("llava-tiny", "checkpoint", "random weights")
     assert manifest.limits == Limits(max_batch=2, max_images=3, max_prompt=20 + 192, max_new_tokens=9)
-    assert manifest.schedule == {"kind": "masked", "patches": 144, "tokens": 20, "counts": [144, 144, 144, 144, 20]}
+    assert manifest.schedule == {
+        "kind": "masked",
+        "patches": 144,
+        "tokens": 20,
+        "counts": [144, 144, 144, 144, 20],
+        "selector": "flowcut",
+    }
     assert manifest.build_seconds.keys() == {"export"}
     for graph in ("vision", "language"):
         said = {
@@ -146,7 +161,13 @@ def test_space_asked_for_covers_what_is_written(
 
 def test_nothing_is_read_before_the_settings_are_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "export_graphs", lambda *_: pytest.fail("exported"))
-    for changes in ({"schedule": "adaptive"}, {"compute_capabilities": ("sm80",)}, {"max_prompt": 3}, {"tokens": 0}):
+    for changes in (
+        {"schedule": "adaptive"},
+        {"selector": "no"},
+        {"compute_capabilities": ("sm80",)},
+        {"max_prompt": 3},
+        {"tokens": 0},
+    ):
         with pytest.raises(FlowCutError):
             build(tmp_path / "e", **changes)
     assert list(tmp_path.iterdir()) == []
@@ -211,6 +232,9 @@ def test_says_what_a_build_of_something_else_replaces(tmp_path: Path) -> None:
     assert build(tmp_path / "e").replaced == ""  # the same again
     replaced = build(tmp_path / "e", schedule="masked").replaced
     assert replaced == "random weights, schedule static, 2 decoder layers"
+    build(tmp_path / "e", selector="random")
+    replaced = build(tmp_path / "e").replaced
+    assert replaced == "random weights, schedule static, selector random-0, 2 decoder layers"
 
 
 def test_a_copy_of_the_bundled_checkpoint_says_that_its_weights_are_random(tmp_path: Path) -> None:

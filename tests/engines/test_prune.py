@@ -7,13 +7,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from references import relative_error
 from rich.progress import Progress
 
-from engines.prune import Pruned, output_paths, overlays, prune_ort, prune_torch, read_pixels, write_outputs
+from engines.prune import (
+    Pruned,
+    PruneSettings,
+    output_paths,
+    overlays,
+    prune,
+    prune_ort,
+    prune_torch,
+    read_pixels,
+    write_outputs,
+)
 from flowcut.aliases import Model, resolve
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings
 from flowcut.schedule import make_schedule
+
+PROGRESSIVE = ("flowcut", "no-history", "no-semantic", "no-strength")
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +40,39 @@ def pixels() -> np.ndarray:
     return rng.standard_normal((3, 3, 168, 168)).astype(np.float32)
 
 
-@pytest.mark.parametrize("spec", ["static", "masked"])
-def test_both_backends_trace_the_same_patches(model: Model, pixels: np.ndarray, spec: str) -> None:
-    schedule = make_schedule(spec, model.config.vision, 16)
+@pytest.mark.parametrize(
+    ("spec", "selector"),
+    [("masked", "flowcut"), *(("static", name) for name in (*PROGRESSIVE, "cls", "grid", "random-0", "random-1"))],
+)
+def test_both_backends_trace_the_same_patches(model: Model, pixels: np.ndarray, spec: str, selector: str) -> None:
+    schedule = make_schedule(spec, model.config.vision, 16, selector)
     eager, graph = prune_torch(model, schedule, pixels), prune_ort(model, schedule, pixels, Progress(disable=True))
-    assert [layer for layer, _ in graph.trace] == [layer for layer, _ in eager.trace] == [1, 3, 5, 7, 9]
+    assert [layer for layer, _ in graph.trace] == [layer for layer, _ in eager.trace] == schedule.points(12)
+    assert schedule.points(12) == ([1, 3, 5, 7, 9] if selector in PROGRESSIVE else [10])
     for (layer, ours), (_, theirs) in zip(graph.trace, eager.trace, strict=True):
         assert [len(numbers) for numbers in ours] == graph.counts[:, layer + 1].tolist()
         assert [numbers.tolist() for numbers in ours] == [numbers.tolist() for numbers in theirs]
     np.testing.assert_array_equal(graph.kept, np.stack(graph.trace[-1][1]))
+    assert relative_error(graph.features, eager.features) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("backend", "selector", "kind"),
+    [
+        ("torch", None, "adaptive"),
+        ("ort", "no-history", "masked"),
+        ("torch", "cls", "static"),
+        ("ort", "grid", "static"),
+    ],
+)
+def test_schedule_by_default_is_the_one_that_follows_the_data_if_the_selector_has_any(
+    backend: str, selector: str | None, kind: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "pixels.npy", np.zeros((1, 3, 168, 168), np.float32))
+    settings = PruneSettings("llava-tiny", backend=backend, selector=selector, pixels=tmp_path / "pixels.npy")
+    result = prune(settings, Progress(disable=True)).to_dict()
+    assert result["schedule"]["kind"] == kind
+    assert result["schedule"]["selector"] == (selector or "flowcut")
 
 
 def test_adaptive_graph_is_refused(model: Model, pixels: np.ndarray) -> None:

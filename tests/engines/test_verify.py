@@ -99,6 +99,12 @@ def test_accepts_what_was_built(build: Build, precision: str, schedule: str, cap
     assert max(errors) < (1e-5 if precision == "fp32" else 5e-3)
 
 
+@pytest.mark.parametrize("selector", ["no-history", "no-semantic", "no-strength", "cls", "random-1", "grid"])
+def test_accepts_every_selector(build: Build, selector: str) -> None:
+    report = verify(build("fp32", selector=selector))
+    assert report.ok, report.rows
+
+
 @pytest.mark.parametrize("tokens", ["all", 1])
 def test_accepts_extreme_token_counts(build: Build, tokens: int | str) -> None:
     assert verify(build("fp32", tokens=tokens, max_prompt=None)).ok
@@ -286,10 +292,13 @@ def test_without_scores_common_patches_are_compared() -> None:
     assert [r.verdict for r in rows] == ["ok", "FAILED"]
 
 
-@pytest.mark.parametrize("kind", ["static", "masked"])
-def test_torch_led_by_its_own_choice_is_torch(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "selector"),
+    [("static", "flowcut"), ("masked", "flowcut"), ("masked", "no-history"), ("static", "cls"), ("static", "random")],
+)
+def test_torch_led_by_its_own_choice_is_torch(kind: str, selector: str) -> None:
     weights = resolve("llava-tiny").weights
-    schedule = make_schedule(kind, weights.config.vision, 16)
+    schedule = make_schedule(kind, weights.config.vision, 16, selector)
     pixels = module.pictures(3, weights.config.vision.image_size, 0)
     embeds, kept = VisionModel.from_weights(weights)(torch.from_numpy(pixels), schedule)
     contract = vision_contract(weights.config, 16, "fp32", Limits())

@@ -13,7 +13,7 @@ import pytest
 import references
 
 from export.builder import GraphBuilder, save
-from export.flow_score import ATTRIBUTES, DOMAIN, INPUTS, flow_score_function
+from export.flow_score import ATTRIBUTES, DOMAIN, INPUTS, flow_score_function, op_name
 from flowcut.contract import Dim, GraphContract, TensorSpec
 
 Qkv = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -41,12 +41,15 @@ def contract(dtype: str, masked: bool) -> GraphContract:
     return GraphContract("flow_score", tuple(inputs), tuple(outputs))
 
 
-def write(path: Path, dtype: str, masked: bool, history: float) -> None:
-    """A graph of one node, flowcut::FlowScore or FlowScoreMasked."""
+PARTS = {"flowcut": (True, True), "no-semantic": (False, True), "no-strength": (True, False), "cls": (False, False)}
+
+
+def write(path: Path, dtype: str, masked: bool, history: float, selector: str = "flowcut") -> None:
+    """A graph of one node, flowcut::FlowScore or another form."""
     made = contract(dtype, masked)
     b = GraphBuilder(made.name)
     outputs = b.ops(
-        "FlowScoreMasked" if masked else "FlowScore",
+        op_name(masked, *PARTS[selector]),
         *(b.input(spec) for spec in made.inputs),
         domain=DOMAIN,
         outputs=len(made.outputs),
@@ -55,18 +58,18 @@ def write(path: Path, dtype: str, masked: bool, history: float) -> None:
         history=history,
     )
     named = dict(zip((spec.name for spec in made.outputs), outputs, strict=True))
-    save(b.model(made, named, {}, [flow_score_function(masked)]), path)
+    save(b.model(made, named, {}, [flow_score_function(masked, *PARTS[selector])]), path)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """run(q, k, v [B, H, N+1, d], running=None, valid=None [B, N], history=0.0) -> the node's outputs."""
+    """run(q, k, v [B, H, N+1, d], running=None, valid=None [B, N], history=0.0, selector=..) -> the node's outputs."""
     directory = tmp_path_factory.mktemp("flow_score")
 
     @cache
-    def session(dtype: str, masked: bool, history: float) -> ort.InferenceSession:
-        path = directory / f"{dtype}-{masked}-{history}.onnx"
-        write(path, dtype, masked, history)
+    def session(dtype: str, masked: bool, history: float, selector: str) -> ort.InferenceSession:
+        path = directory / f"{dtype}-{masked}-{history}-{selector}.onnx"
+        write(path, dtype, masked, history, selector)
         onnx.checker.check_model(path, full_check=True)
         return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -77,6 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         running: np.ndarray | None = None,
         valid: np.ndarray | None = None,
         history: float = 0.0,
+        selector: str = "flowcut",
     ) -> list[np.ndarray]:
         batch, _, keys, _ = k.shape
         rows = np.arange(1, keys)
@@ -84,7 +88,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         feed = {"q_row": q[:, :, :1], "v_row": v[:, :, :1], "k": k, "v": v, "rows": rows, "running": running}
         if valid is not None:
             feed["key_valid"] = np.pad(valid, ((0, 0), (1, 0)), constant_values=True)[:, None, None]
-        return list(session(k.dtype.name, valid is not None, history).run(None, feed))
+        return list(session(k.dtype.name, valid is not None, history, selector).run(None, feed))
 
     return call
 
@@ -131,12 +135,14 @@ HOSTILE = [
 ]
 
 
-def assert_close_to_reference(score: np.ndarray, qkv: Qkv, image: int = 0) -> references.Score:
-    expected = references.flow_score(*(x[image] for x in qkv))
+def assert_close_to_reference(
+    score: np.ndarray, qkv: Qkv, image: int = 0, selector: str = "flowcut"
+) -> references.Score:
+    expected = references.flow_score(*(x[image] for x in qkv), selector)
     assert np.isfinite(score).all()
     assert (score >= 0).all()
     tolerance = references.score_tolerance(expected.largest_logit)
-    floor = TINY * np.abs(qkv[2][image]).sum(dtype=np.float64)  # shares below float32's least number become 0
+    floor = TINY * max(1.0, np.abs(qkv[2][image]).sum(dtype=np.float64))  # shares below float32's least number become 0
     np.testing.assert_allclose(score, expected.score, rtol=tolerance, atol=floor)
     return expected
 
@@ -157,6 +163,30 @@ def test_masked_form_with_every_key_valid_matches_the_reference(run: Run, name: 
     expected = assert_close_to_reference(score[0], qkv)
     tolerance = references.score_tolerance(expected.largest_logit)
     assert entropy_ratio[0, 0] == pytest.approx(expected.entropy_ratio, rel=tolerance, abs=1e-6)
+
+
+@pytest.mark.parametrize("selector", ["no-semantic", "no-strength", "cls"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_score_less_a_part_matches_the_reference_in_both_forms(run: Run, name: str, selector: str) -> None:
+    qkv = hostile(name, "float16")
+    (plain,) = run(*qkv, selector=selector)
+    masked, entropy_ratio = run(*qkv, valid=np.ones((1, qkv[1].shape[2] - 1), bool), selector=selector)
+    expected = assert_close_to_reference(plain[0], qkv, selector=selector)
+    assert_close_to_reference(masked[0], qkv, selector=selector)
+    tolerance = references.score_tolerance(expected.largest_logit)
+    assert entropy_ratio[0, 0] == pytest.approx(expected.entropy_ratio, rel=tolerance, abs=1e-6)
+
+
+@pytest.mark.parametrize("selector", ["no-semantic", "no-strength", "cls"])
+def test_a_score_less_a_part_is_mixed_and_masked_per_image(run: Run, selector: str) -> None:
+    q, k, v = random_qkv(batch=2)
+    valid, running = np.arange(16) < np.array([[16], [5]]), np.ones((2, 16), np.float32)
+    score, entropy_ratio = run(q, k, v, running=running, valid=valid, history=0.5, selector=selector)
+    for b, n in enumerate((16, 5)):
+        expected = references.flow_score(*(x[b, :, : n + 1] for x in (q, k, v)), selector)
+        np.testing.assert_allclose(score[b, :n], (1 + expected.score) / 2, rtol=1e-5)
+        assert (score[b, n:] == 0.5).all()
+        assert entropy_ratio[b, 0] == pytest.approx(expected.entropy_ratio, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -225,12 +255,16 @@ def similarity(v: np.ndarray) -> np.ndarray:
     return np.asarray(np.einsum("hd,hjd->hj", v[:, 0], v))
 
 
+@pytest.mark.parametrize(
+    ("selector", "name"),
+    [("flowcut", ""), ("no-semantic", "NoSemantic"), ("no-strength", "NoStrength"), ("cls", "NoSemanticNoStrength")],
+)
 @pytest.mark.parametrize("masked", [False, True])
-def test_signature_is_the_plugins(masked: bool) -> None:
-    function = flow_score_function(masked)
+def test_signature_is_the_plugins(masked: bool, selector: str, name: str) -> None:
+    function = flow_score_function(masked, *PARTS[selector])
     inputs = (*INPUTS, "key_valid") if masked else INPUTS
     outputs = ("running_out", "entropy_ratio") if masked else ("running_out",)
-    assert (function.domain, function.name) == ("flowcut", "FlowScoreMasked" if masked else "FlowScore")
+    assert (function.domain, function.name) == ("flowcut", f"FlowScore{name}{'Masked' if masked else ''}")
     assert tuple(value.name for value in function.inputs) == inputs
     assert tuple(value.name for value in function.outputs) == outputs
     assert tuple(function.attributes) == ATTRIBUTES

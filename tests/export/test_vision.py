@@ -38,6 +38,19 @@ SCHEDULES = {
     "masked-tight": Schedule("masked", PATCHES, TOKENS, TIGHT),
     "masked-early": Schedule("masked", PATCHES, TOKENS, (62, 50, 9, 9, 9)),
 }
+SELECTED = {
+    "no-history": Schedule("static", PATCHES, TOKENS, (50, 41, 30, 20, 9), "no-history"),
+    "no-semantic": Schedule("static", PATCHES, TOKENS, (50, 41, 30, 20, 9), "no-semantic"),
+    "no-strength": Schedule("static", PATCHES, TOKENS, (50, 41, 30, 20, 9), "no-strength"),
+    "masked-no-history": Schedule("masked", PATCHES, TOKENS, TIGHT, "no-history"),
+    "masked-no-semantic": Schedule("masked", PATCHES, TOKENS, TIGHT, "no-semantic"),
+    "cls": Schedule("static", PATCHES, TOKENS, (TOKENS,), "cls"),
+    "grid": Schedule("static", PATCHES, TOKENS, (TOKENS,), "grid"),
+    "random": Schedule("static", PATCHES, TOKENS, (TOKENS,), "random-2"),
+}
+CONSTANT = ("grid", "random")
+FLOWCUT = list(SCHEDULES)
+SCHEDULES |= SELECTED
 PRUNED = [name for name in SCHEDULES if name != "off"]
 # Their shapes or their control flow follow the data, or (Slice, Range) importers surround them with shape arithmetic.
 FORBIDDEN = {"NonZero", "Loop", "If", "Scan", "Slice", "Range", "Compress", "Unique", "NonMaxSuppression"}
@@ -111,7 +124,7 @@ def test_no_op_whose_shape_or_flow_follows_the_data(name: str, trace: bool, expo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", FLOWCUT)
 def test_inferred_shapes_are_the_contracts(
     name: str, precision: Precision, weights: Weights, export: Callable[..., Path]
 ) -> None:
@@ -161,7 +174,7 @@ def test_trace_tells_what_each_pruning_point_kept(name: str, weights: Weights, e
             assert got[f"kept.{layer}"][b, : len(kept[b])].tolist() == kept[b].tolist()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", FLOWCUT)
 def test_an_image_comes_out_the_same_alone_and_in_any_batch(name: str, export: Callable[..., Path]) -> None:
     batch, reversed_batch = run_ort(export(name)), run_ort(export(name), PIXELS[::-1].copy())
     for b in range(IMAGES):
@@ -172,7 +185,7 @@ def test_an_image_comes_out_the_same_alone_and_in_any_batch(name: str, export: C
             assert relative_error(output["image_embeds"][at], alone["image_embeds"][0]) <= 1e-5
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", FLOWCUT)
 def test_tracing_changes_no_result(name: str, export: Callable[..., Path]) -> None:
     plain, traced = run_ort(export(name, trace=False)), run_ort(export(name))
     assert list(plain) == ["image_embeds", "kept"]
@@ -189,7 +202,7 @@ def test_float16_runs_and_nearly_agrees(name: str, export: Callable[..., Path]) 
     assert np.mean([len(a & b) / len(a | b) for a, b in pairs]) >= 0.9
 
 
-@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("name", [name for name in PRUNED if name not in CONSTANT])
 def test_equal_scores_keep_the_lower_patch_numbers(name: str, weights: Weights, tmp_path: Path) -> None:
     """With every weight zero all patches are the same, and all scores exactly 0."""
     path = tmp_path / "vision.onnx"
@@ -220,6 +233,39 @@ def test_every_scored_layer_is_one_custom_node_with_its_function(name: str, expo
     assert history == [0.0] + [0.5] * 9
     assert {node.attributes["logit_scale"].as_float() for node in scored} == {0.25}
     assert {node.attributes["semantic_scale"].as_float() for node in scored} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "layers"),
+    [
+        ("no-history", "FlowScore", [1, 3, 5, 7, 9]),
+        ("masked-no-history", "FlowScoreMasked", [1, 3, 5, 7, 9]),
+        ("no-semantic", "FlowScoreNoSemantic", list(range(10))),
+        ("masked-no-semantic", "FlowScoreNoSemanticMasked", list(range(10))),
+        ("no-strength", "FlowScoreNoStrength", list(range(10))),
+        ("cls", "FlowScoreNoSemanticNoStrength", [10]),
+        ("grid", "", []),
+        ("random", "", []),
+    ],
+)
+def test_only_the_layers_that_a_selector_reads_are_scored(
+    name: str, op: str, layers: list[int], export: Callable[..., Path]
+) -> None:
+    model = ir.load(export(name, trace=False))
+    scored = [node for node in model.graph if node.domain == "flowcut"]
+    assert [node.name for node in scored] == [f"layers.{i}/flow/{op}" for i in layers]
+    assert list(model.functions) == ([("flowcut", op, "")] if layers else [])
+    forgets = name in ("cls", "no-history", "masked-no-history")
+    history = [node.attributes["history"].as_float() for node in scored]
+    assert history == [0.0 if forgets or i == 0 else 0.5 for i in layers]
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_every_node_is_used(name: str, export: Callable[..., Path]) -> None:
+    model = ir.load(export(name, trace=False))
+    outputs = set(model.graph.outputs)
+    idle = [n.name for n in model.graph if not any(o.uses() or o in outputs for o in n.outputs)]
+    assert idle == []
 
 
 def test_nothing_of_flowcut_is_left_with_pruning_off(export: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from references import capped_rule
@@ -13,8 +14,8 @@ from flowcut.schedule import Kind, Schedule
 PATCHES, TOKENS, LAYERS, HEADS, SIZE = 12, 3, 8, 2, 4  # pruning points 1, 3, 5
 
 
-def schedule(kind: Kind, counts: tuple[int, ...] = ()) -> Schedule:
-    return Schedule(kind, PATCHES, TOKENS, counts)
+def schedule(kind: Kind, counts: tuple[int, ...] = (), selector: str = "flowcut") -> Schedule:
+    return Schedule(kind, PATCHES, TOKENS, counts, selector)
 
 
 SCHEDULES = {
@@ -22,6 +23,8 @@ SCHEDULES = {
     "static": schedule("static", (9, 7, 3)),
     "masked": schedule("masked", (12, 12, 3)),
     "masked-tight": schedule("masked", (8, 5, 3)),
+    "no-history": schedule("masked", (12, 12, 3), "no-history"),
+    "no-semantic": schedule("adaptive", (), "no-semantic"),
 }
 
 
@@ -149,6 +152,38 @@ def test_layers_after_the_budget_is_reached_are_not_scored() -> None:
     hidden = pruner.after_layer(1, q, k, v, torch.zeros(1, PATCHES + 1, 1))
     broken = torch.full((1, HEADS, TOKENS + 1, SIZE), torch.nan)
     assert torch.equal(pruner.after_layer(3, broken, broken, broken, hidden), hidden)
+
+
+@pytest.mark.parametrize("selector", ["cls", "random-5"])
+def test_a_one_shot_selector_reads_the_last_layer_or_none_and_keeps_the_best_of_all(selector: str) -> None:
+    """What may not be read is NaN, which any score would carry on."""
+    pruner = Pruner(schedule("static", (TOKENS,), selector), LAYERS, 2, torch.device("cpu"))
+    hidden = torch.arange(-1, PATCHES)[None, :, None].repeat(2, 1, 1).float()
+    broken = torch.full((2, HEADS, PATCHES + 1, SIZE), torch.nan)
+    for layer in range(LAYERS - 2):
+        assert pruner.after_layer(layer, broken, broken, broken, hidden) is hidden
+    q, k = torch.ones(2, 2, HEADS, PATCHES + 1, SIZE)
+    k[:, :, 1:] = torch.tensor([1.0, 5, 9, 2, 3, 4, 9, 6, 0, 1, 8, 9])[:, None]
+    hidden = pruner.after_layer(LAYERS - 2, *((q, k) if selector == "cls" else (broken, broken)), broken, hidden)
+    kept, counts, trace = pruner.finish()
+    raw = np.random.PCG64(5).random_raw(PATCHES)
+    expected = {"cls": [2, 6, 11], "random-5": sorted(int((raw < x).sum()) for x in raw[-TOKENS:])}
+    assert kept.tolist() == [expected[selector]] * 2
+    assert hidden[:, 1:, 0].tolist() == kept.tolist()
+    assert counts.tolist() == [[PATCHES] * (LAYERS - 1) + [TOKENS] * 2] * 2
+    assert [layer for layer, _ in trace] == [LAYERS - 2]
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "masked"])
+def test_without_history_only_the_layers_that_prune_are_read(kind: Kind) -> None:
+    counts = (12, 12, 3) if kind == "masked" else ()
+    pruner = Pruner(schedule(kind, counts, "no-history"), LAYERS, 1, torch.device("cpu"))
+    hidden = torch.zeros(1, PATCHES + 1, 1)
+    for layer in range(LAYERS - 1):
+        q, k, v = peaked()[:, :, :, : hidden.shape[1]] if layer in (1, 3, 5) else torch.full((3, 1, 1, 1, 1), torch.nan)
+        hidden = pruner.after_layer(layer, q, k, v, hidden)
+    kept, _, _ = pruner.finish()
+    assert kept.shape == (1, TOKENS)
 
 
 def test_trace_tells_what_each_pruning_point_kept() -> None:

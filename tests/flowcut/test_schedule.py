@@ -109,6 +109,60 @@ def test_bare_names(spec: str, counts: tuple[int, ...]) -> None:
     assert schedule == Schedule(spec, 64, 8, counts)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["no-history", "no-semantic", "no-strength"])
+@pytest.mark.parametrize("spec", ["adaptive", "static", "masked"])
+def test_an_ablation_is_pruned_where_flowcut_is(spec: str, name: str) -> None:
+    schedule = make_schedule(spec, TINY, 8, name)
+    assert schedule == replace(make_schedule(spec, TINY, 8), selector=name)
+    assert schedule.points(12) == pruning_points(12) == [1, 3, 5, 7, 9]
+    assert list(schedule.scored_layers(12)) == ([1, 3, 5, 7, 9] if name == "no-history" else list(range(10)))
+
+
+@pytest.mark.parametrize("name", ["cls", "grid", "random-3"])
+def test_a_one_shot_selector_has_one_point_after_the_last_layer_before_hidden_state_minus_2(name: str) -> None:
+    schedule = make_schedule("static", TINY, 8, name)
+    assert schedule == Schedule("static", 64, 8, (8,), name)
+    assert schedule.points(12) == list(schedule.scored_layers(12)) == [10]
+    assert schedule.points(24) == [22]
+
+
+@pytest.mark.parametrize("spec", ["adaptive", "masked"])
+@pytest.mark.parametrize("name", ["cls", "grid", "random"])
+def test_a_one_shot_selector_has_no_count_that_follows_the_data(name: str, spec: str) -> None:
+    rule = rf"schedule must be static with the selector {name}.* once.* got '{spec}'\. Ask for static, or"
+    with pytest.raises(ConfigError, match=rule):
+        make_schedule(spec, TINY, 8, name)
+    with pytest.raises(ConfigError, match=r"schedule\.counts must be \[8\] with the selector .*got \[60, 8\]"):
+        Schedule("static", 64, 8, (60, 8), name)
+
+
+@pytest.mark.parametrize("name", ["no-history", "cls", "grid"])
+@pytest.mark.parametrize("spec", ["adaptive", "static", "masked"])
+def test_all_tokens_are_pruned_by_no_selector(spec: str, name: str) -> None:
+    assert make_schedule(spec, TINY, 64, name) == Schedule("off", 64, 64, (), name)
+
+
+def test_a_selector_has_one_spelling() -> None:
+    assert make_schedule("static", TINY, 8, "random").selector == "random-0"
+    assert Schedule.from_dict({**GOOD, "counts": [8], "selector": "random-01"}).selector == "random-1"
+
+
+def test_a_file_without_a_selector_is_flowcuts(tmp_path: Path) -> None:
+    file = write(tmp_path / "schedule.json", GOOD)
+    assert make_schedule(file, TINY, 8) == make_schedule(file, TINY, 8, "flowcut")
+    assert make_schedule(file, TINY, 8).to_dict() == {**GOOD, "selector": "flowcut"}
+
+
+def test_a_file_says_its_selector_unless_another_is_asked_for(tmp_path: Path) -> None:
+    file = write(tmp_path / "schedule.json", make_schedule("static", TINY, 8, "random-4").to_dict())
+    assert make_schedule(file, TINY, 8) == make_schedule(file, TINY, 8, "random-04")
+    assert make_schedule(file, TINY, 8).selector == "random-4"
+    with pytest.raises(ConfigError, match=r"'selector': 'flowcut'}, got .*'selector': 'random-4'}.*--selector"):
+        make_schedule(file, TINY, 8, "flowcut")
+    with pytest.raises(ConfigError, match="selector must be one of"):
+        make_schedule(file, TINY, 8, "clever")
+
+
 @pytest.mark.parametrize("spec", ["adaptive", "static", "masked"])
 def test_nothing_is_pruned_when_tokens_equals_patches(spec: str) -> None:
     assert make_schedule(spec, TINY, 64) == Schedule("off", 64, 64)
@@ -181,6 +235,10 @@ GOOD = {"kind": "static", "patches": 64, "tokens": 8, "counts": [60, 56, 51, 45,
         ({"tokens": 0}, "tokens must be in"),
         ({"patches": None}, "integers"),
         ({"extra": 1}, "keys"),
+        ({"selector": "clever"}, "selector must be one of flowcut, .*got 'clever'"),
+        ({"selector": None}, "selector must be one of flowcut, .*got None"),
+        ({"selector": ["cls"]}, "selector must be one of flowcut, .*got"),
+        ({"selector": "cls"}, r"schedule.counts must be \[8\]"),
     ],
     ids=str,
 )

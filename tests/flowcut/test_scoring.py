@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowcut.scoring import accumulate, flow_score
+from flowcut.schedule import Schedule
+from flowcut.scoring import accumulate, flow_score, running_score
 
 TINY = np.finfo(np.float32).tiny
 Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -68,6 +69,18 @@ def assert_close_to_reference(score: np.ndarray, entropy_ratio: float, qkv: Inpu
 @pytest.mark.parametrize("qkv", HOSTILE.values(), ids=HOSTILE.keys())
 def test_matches_the_float64_reference_on_hostile_inputs(qkv: Inputs) -> None:
     assert_close_to_reference(*scored(qkv), qkv)
+
+
+@pytest.mark.parametrize("qkv", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("name", ["no-semantic", "no-strength", "cls"])
+def test_a_score_less_a_part_matches_the_float64_reference(name: str, qkv: Inputs) -> None:
+    q, k, v = (torch.from_numpy(np.ascontiguousarray(x))[None] for x in qkv)
+    result = running_score(Schedule("static", 64, 8, (8,), name), None, q, k, v)
+    expected = references.flow_score(*qkv, name)
+    tolerance = references.score_tolerance(expected.largest_logit)
+    floor = TINY * max(1.0, np.abs(qkv[2]).sum())
+    np.testing.assert_allclose(result.score[0], expected.score, rtol=tolerance, atol=floor)
+    assert float(result.entropy_ratio[0]) == pytest.approx(expected.entropy_ratio, rel=tolerance, abs=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -175,3 +188,9 @@ def test_running_score_is_the_first_score_then_the_mean_of_old_and_new() -> None
     assert torch.equal(running, first)
     running = accumulate(accumulate(running, second), third)
     assert torch.equal(running, torch.tensor([[1.0, 2.5]]))
+
+
+def test_without_history_the_running_score_is_the_last_one_even_where_it_was_minus_infinity() -> None:
+    assert torch.equal(
+        accumulate(torch.tensor([[-torch.inf, 2.0]]), torch.tensor([[3.0, 1.0]]), 0.0), torch.tensor([[3.0, 1.0]])
+    )

@@ -16,6 +16,7 @@ from references import relative_error
 
 from flowcut.checkpoint import Weights, open_checkpoint
 from flowcut.schedule import Schedule, make_schedule
+from flowcut.selector import selector
 from flowcut.vision import VisionModel, VisionOutput
 
 SIZES = (12, 4, 7)  # layers, heads and patch size of the preset "tiny"; 64 patches
@@ -29,6 +30,7 @@ SCHEDULES = {
     "masked-tight": Schedule("masked", PATCHES, TOKENS, (62, 50, 50, 20, 9)),
     "reaches-the-budget-early": Schedule("static", PATCHES, TOKENS, (64, 30, 9, 9, 9)),
 }
+ABLATIONS = ("no-history", "no-semantic", "no-strength")
 RULES: dict[str, references.KeepRule] = {
     "adaptive": references.adaptive_rule(12, TOKENS),
     "static": references.constant_rule(12, (50, 41, 30, 20, 9)),
@@ -102,6 +104,36 @@ def test_equals_the_float64_tower_image_by_image(
         assert output.counts[b].tolist() == expected.counts
         assert output.kept[b].tolist() == expected.kept.tolist()
         assert relative_error(output.features[b], expected.features) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *(Schedule("adaptive", PATCHES, TOKENS, (), name) for name in ABLATIONS),
+        *(Schedule("static", PATCHES, TOKENS, (50, 41, 30, 20, 9), name) for name in ABLATIONS),
+        Schedule("masked", PATCHES, TOKENS, (62, 50, 50, 20, 9), "no-history"),
+        *(Schedule("static", PATCHES, TOKENS, (TOKENS,), name) for name in ("cls", "grid", "random-3")),
+    ],
+    ids=lambda s: f"{s.selector}-{s.kind}",
+)
+def test_every_selector_equals_the_float64_tower(
+    schedule: Schedule, weights: Weights, features: Callable[..., VisionOutput]
+) -> None:
+    output, rule = features(schedule), RULES["masked-tight" if schedule.kind == "masked" else schedule.kind]
+    constant = selector(schedule.selector).constant
+    scores = () if constant is None else constant(PATCHES, TOKENS)
+    for b, pixels in enumerate(PIXELS):
+        expected = references.tower(weights, pixels, SIZES, TOKENS, rule, schedule.selector, scores)
+        assert output.counts[b].tolist() == expected.counts
+        assert output.kept[b].tolist() == expected.kept.tolist()
+        assert relative_error(output.features[b], expected.features) <= 1e-4
+
+
+def test_every_selector_keeps_other_patches(weights: Weights, features: Callable[..., VisionOutput]) -> None:
+    """Otherwise the test above would not tell them apart."""
+    names = ("flowcut", *ABLATIONS, "cls", "grid", "random-0", "random-1")
+    kept = [features(make_schedule("static", weights.config.vision, TOKENS, name)).kept for name in names]
+    assert len({tuple(numbers.flatten().tolist()) for numbers in kept}) == len(names)
 
 
 def test_the_tight_capacities_are_felt(features: Callable[..., VisionOutput]) -> None:
