@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   flowcut engine llava-1.5-7b --weights random --decoder-layers 2 --backend ort
   flowcut run build/llava-tiny-16-fp16-rtx --image cat.jpg --question "What is this?"
   flowcut prune llava-tiny --image cat.jpg --tokens 16 --overlay kept.png
+  flowcut eval llava-tiny --tokens 16 --selector cls
 
 The last line on stdout is one JSON object; `flowcut COMMAND --help` names its keys.
 Exit codes: 0 done, 1 something to mend (stderr says what), 2 wrong syntax."""
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flowcut.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_engine, _add_export, _add_prune, _add_run, _add_verify, _add_inspect):
+    for add in (_add_engine, _add_export, _add_prune, _add_run, _add_eval, _add_verify, _add_inspect):
         add(commands)
     return parser
 
@@ -71,6 +72,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=_tokens,
         metavar="K",
         help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576)",
+    )
+
+
+def _add_selector(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--selector",
+        metavar="NAME",
+        help="what chooses the patches: flowcut; FlowCut less a part, no-history, no-semantic or no-strength; or once, "
+        "after the last layer: cls (by that layer's attention alone), grid or random-SEED, which need no picture. "
+        "These three take the schedule static only (default: flowcut)",
     )
 
 
@@ -117,6 +128,7 @@ def _add_export(commands: Any) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--schedule", default="static", help="static, masked or a FILE.json (default: static)")
+    _add_selector(parser)
     add("--precision", choices=["fp16", "fp32"], default="fp16", help="fp32: ONNX Runtime only (default: fp16)")
     add("--decoder-layers", type=int, metavar="N", help="build only the first N decoder layers (to fit memory)")
     add("--max-batch", type=int, default=4, metavar="N", help="prompts at once (default: 4)")
@@ -130,7 +142,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("build"),
         metavar="DIR",
-        help="write DIR/<model>-<tokens>-<precision>-<backend> (default: build)",
+        help="write DIR/<model>-<tokens>-<precision>-<backend>, with the selector after the tokens if it is not "
+        "flowcut (default: build)",
     )
     _add_question(parser).add_argument(
         "--ask",
@@ -168,6 +181,7 @@ def _add_prune(commands: Any) -> None:
     source.add_argument("--pixels", type=Path, metavar="FILE.npy", help="preprocessed pixel_values [B, 3, S, S]")
     add = parser.add_argument
     add("--schedule", help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal)")
+    _add_selector(parser)
     add(
         "--backend",
         choices=["torch", "ort"],
@@ -189,8 +203,8 @@ def _add_run(commands: Any) -> None:
         "run",
         "ask an engine a question about a picture",
         "Answers greedily and prints what was kept and how long each stage took.",
-        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, schedule, precision, "
-        "backend and built_for",
+        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, selector, schedule, "
+        "precision, backend and built_for",
     )
     _add_directory(parser)
     parser.add_argument(
@@ -201,6 +215,50 @@ def _add_run(commands: Any) -> None:
         "directory's own, ort where that cannot run)",
     )
     _add_question(parser)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        "count right answers to questions about rendered scenes",
+        "The world of llava-tiny: six kinds of question, answered greedily; right is the exact word. A directory is "
+        "asked as it was built, a checkpoint as the options say.",
+        "accuracy, n, interval, by_type, model, note, tokens, patches, selector, schedule, backend, precision, seeds, "
+        "split, scenes and seconds",
+    )
+    add = parser.add_argument
+    add("target", metavar="ENGINE_DIR|MODEL", help="an engine directory; or llava-tiny or another checkpoint")
+    add(
+        "--tokens",
+        type=_tokens,
+        metavar="K",
+        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches)",
+    )
+    add(
+        "--schedule",
+        help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal; static where the "
+        "selector has no other)",
+    )
+    add(
+        "--selector",
+        metavar="NAME",
+        help="flowcut, no-history, no-semantic, no-strength, cls, grid, random-SEED, or random: the mean of random-0, "
+        "random-1 and random-2 (default: flowcut)",
+    )
+    add(
+        "--backend",
+        choices=["auto", "torch", "ort", "rtx", "trt"],
+        default="auto",
+        help="of a checkpoint torch, or ort, which exports it for the occasion; of a directory what it was built for, "
+        "or ort (default: auto = torch; the directory's own, ort where that cannot run)",
+    )
+    add("--precision", choices=["fp16", "fp32"], help="of a checkpoint; fp16: ort only (default: fp32)")
+    add("--split", choices=["test", "val"], default="test", help="which scenes (default: test)")
+    add("--scenes", type=int, metavar="N", help="the first N of them (default: 400, or as --questions takes)")
+    add("--questions", type=int, metavar="N", help="stop after exactly N questions (default: all, six a scene at most)")
+    add("--answers", type=Path, metavar="FILE.jsonl", help="write every question and answer, a line each")
+    add("--threads", type=int, metavar="N", help="of the CPU (default: the library's choice)")
 
 
 def _add_verify(commands: Any) -> None:

@@ -88,6 +88,7 @@ def _engine(arguments: argparse.Namespace) -> Result:
         seed=arguments.seed,
         tokens=arguments.tokens,
         schedule=arguments.schedule,
+        selector=arguments.selector,
         precision=arguments.precision,
         backend=arguments.backend,
         decoder_layers=arguments.decoder_layers,
@@ -158,6 +159,7 @@ def _prune(arguments: argparse.Namespace) -> Result:
         seed=arguments.seed,
         tokens=arguments.tokens,
         schedule=arguments.schedule,
+        selector=arguments.selector,
         backend=arguments.backend,
         images=() if arguments.pixels else tuple(arguments.image or [SCENE]),
         pixels=arguments.pixels,
@@ -168,6 +170,31 @@ def _prune(arguments: argparse.Namespace) -> Result:
         outcome = prune(settings, progress)
     report.pruned(_console(), outcome)
     return outcome.to_dict()
+
+
+def _eval(arguments: argparse.Namespace) -> Result:
+    from engines.evaluate import evaluate
+    from engines.evaluate_report import evaluated
+    from engines.evaluate_target import EvalSettings
+    from engines.progress import terminal_progress
+
+    settings = EvalSettings(
+        target=arguments.target,
+        tokens=arguments.tokens,
+        schedule=arguments.schedule,
+        selector=arguments.selector,
+        backend=arguments.backend,
+        precision=arguments.precision,
+        split=arguments.split,
+        scenes=arguments.scenes,
+        questions=arguments.questions,
+        threads=arguments.threads,
+        answers=arguments.answers,
+    )
+    with terminal_progress() as progress:
+        result = evaluate(settings, progress)
+    evaluated(_console(), result)
+    return result.to_dict()
 
 
 def _verify(arguments: argparse.Namespace) -> Result:
@@ -207,6 +234,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "export": _engine,
     "prune": _prune,
     "run": _run,
+    "eval": _eval,
     "verify": _verify,
     "inspect": _inspect,
 }

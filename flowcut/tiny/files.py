@@ -1,27 +1,20 @@
-#!/usr/bin/env python3
-"""Write the bundled models under flowcut/assets: llava-tiny whole, the Hub models' settings with a stand-in tokenizer.
+"""The bundled models' files but for weights: llava-tiny's, and the Hub models' with llava-tiny's tokenizer.
 
-    PYTHONPATH=. python tests/make_tiny.py [OUT]
-
-Everything is decided by this file: a second run writes the same bytes. Needs numpy, safetensors and tokenizers.
+Everything is decided here: a second run writes the same bytes. Needs numpy and tokenizers.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from flowcut.config import LlavaConfig
-from flowcut.tensors import expected_tensors
+from flowcut.tiny.questions import all_questions
+from flowcut.tiny.scenes import make_scene
 
-SEED = 0
-VOCABULARY = 512
+VOCABULARY = 1024
 IMAGE, PAD = VOCABULARY - 2, VOCABULARY - 1  # llava-tiny's; LLaVA-1.5 has 32000 and 32001
 SPECIALS = ["<unk>", "<s>", "</s>"]  # 0, 1, 2, as in Llama
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -45,22 +38,15 @@ they thing things this three through time to together top tower town toy track t
 truck two umbrella under up used wall walking want was watch water wave wearing weather what wheel when where which
 white who why wide wild window with woman women wood word work writing yellow yes you young zebra zero
 """
-QUESTIONS = """
+SENTENCES = """
 What is in the picture?
-What color is the car?
 How many people are there in the image?
-How many objects are in this picture?
-What shape is the red object?
 Where is the dog sitting?
 Is there a cat on the chair?
-Is the circle to the left of the square?
 Which animal is behind the tree?
-Describe the image.
 Describe this photo in one sentence.
 What is the man doing?
-What is written on the sign?
 What is the woman holding in her hand?
-The image shows a small red circle on the left and a large blue square on the right.
 There are two people in the picture. They are walking on the street.
 Yes, there is. No, there is not.
 USER: ASSISTANT:
@@ -106,7 +92,7 @@ CLIP = {
 TINY_CLIP = CLIP | {
     "hidden_size": 128,
     "image_size": 168,
-    "intermediate_size": 256,
+    "intermediate_size": 384,
     "num_attention_heads": 4,
     "num_hidden_layers": 12,
     "projection_dim": 128,
@@ -114,11 +100,11 @@ TINY_CLIP = CLIP | {
 TINY_LLAMA = LLAMA | {
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 6,
     "vocab_size": VOCABULARY,
 }
 # As on the Hub: what is not said is LlamaConfig's default, a 7B.
@@ -136,11 +122,13 @@ HUB_LLAMA = {
 }
 
 
-def main(out: Path) -> None:
-    tiny = out / "llava-tiny"
-    note = {"flowcut_note": "random weights"}  # said with every output, wherever the files go
-    write_settings(tiny, note | llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
-    write_weights(tiny)
+def write_tiny(directory: Path) -> None:
+    """All of llava-tiny but its weights."""
+    write_settings(directory, llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
+
+
+def write_stand_ins(out: Path) -> None:
+    """Settings of the Hub's models, with this tokenizer in place of theirs, under `out`/<alias>."""
     for alias, text in HUB_LLAMA.items():
         write_settings(out / alias, llava(CLIP, text, 32000, 32001), 32000, 32001)
 
@@ -163,25 +151,6 @@ def write_settings(directory: Path, config: dict[str, Any], image: int, pad: int
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def write_weights(directory: Path) -> None:
-    """Seeded weights with the recipe's distributions, float16."""
-    import recipe
-
-    config = LlavaConfig.from_file(directory / "config.json")
-    v, t = config.vision, config.text
-    vision = {"hidden": v.hidden_size, "layers": v.num_hidden_layers, "mlp": v.intermediate_size}
-    vision |= {"patch": v.patch_size, "image": v.image_size}
-    text = {"hidden": t.hidden_size, "layers": t.num_hidden_layers, "mlp": t.intermediate_size, "vocab": t.vocab_size}
-    tensors = {
-        name: recipe.sample(name, shape, kind, SEED).astype(np.float16)
-        for name, shape, kind in recipe.tensors(vision, text, SEED)
-    }
-    if {name: x.shape for name, x in tensors.items()} != expected_tensors(config):
-        raise SystemExit("tests/recipe.py and flowcut/tensors.py disagree about names or shapes")
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)
-
-
 def tokenizer(image: int, pad: int) -> Tokenizer:
     """Llama's pipeline (byte-fallback BPE, a space before every text, BOS) over our own words."""
     vocabulary, merges = learn()
@@ -199,10 +168,11 @@ def tokenizer(image: int, pad: int) -> Tokenizer:
 def learn() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """BPE vocabulary below IMAGE, and its merges, best first."""
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    words = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation("isolated")])
     trainer = trainers.BpeTrainer(vocab_size=IMAGE, special_tokens=SPECIALS + BYTES, show_progress=False)
-    # A question's words weigh as much as ten other words
-    learner.train_from_iterator(WORDS.split() + QUESTIONS * 10, trainer)
+    asked = {q.text + " " + q.answer for number in range(300) for q in all_questions(make_scene("train", number))}
+    learner.train_from_iterator(WORDS.split() + SENTENCES * 10 + sorted(asked), trainer)
     model = json.loads(learner.to_str())["model"]
     return model["vocab"], [(left, right) for left, right in model["merges"]]
 
@@ -254,7 +224,3 @@ def special_tokens() -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "flowcut" / "assets")

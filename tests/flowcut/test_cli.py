@@ -122,6 +122,34 @@ def test_engine_then_run_then_inspect(command: Command, pictures: list[Path]) ->
     assert fits(inspected.text)
 
 
+def test_a_selector_is_said_everywhere(command: Command) -> None:
+    options = ("--selector", "random-12", "--tokens", 9, "--ask", "--repeats", 1)
+    built = command("export", "llava-tiny", *options, "--precision", "fp32")
+    directory = Path(built.result["directory"])
+    assert directory == Path("build/llava-tiny-9-random-12-fp32-ort")
+    for done in (built, command("run", directory, "--repeats", 1)):
+        assert (done.result["selector"], done.result["schedule"]) == ("random-12", "static")
+        assert "kept     9 of 144 patches, selector random-12" in done.text
+    assert "static 9, selector random-12" in command("inspect", directory).text
+    pruned = command("prune", "llava-tiny", "--selector", "random-12", "--tokens", 9, "--overlay", "kept.png")
+    assert pruned.result["schedule"]["selector"] == "random-12"
+    assert pruned.result["kept"] == [sorted(built.result["kept"][0])]
+    assert "selector random-12" in pruned.text
+    assert fits(built.text)
+    assert fits(pruned.text)
+
+
+def test_a_directory_from_before_there_were_selectors_is_flowcuts(command: Command) -> None:
+    command("export", "llava-tiny", "--out", "e")
+    path = Path("e/manifest.json")
+    manifest = json.loads(path.read_text())
+    assert manifest["schedule"].pop("selector") == "flowcut"
+    path.write_text(json.dumps(manifest))
+    done = command("run", "e", "--repeats", 1)
+    assert done.result["selector"] == "flowcut"
+    assert "selector" not in done.text + command("inspect", "e").text
+
+
 def test_export_writes_what_engine_does_for_ort(command: Command) -> None:
     exported = command("export", "llava-tiny", "--precision", "fp32", "--tokens", 9, "--out", "here")
     engine = command(
@@ -290,9 +318,21 @@ def test_help_and_syntax_errors_import_nothing_heavy(arguments: str) -> None:
     ("arguments", "words"),
     [
         ("--help", ["engine", "export", "prune", "run", "verify", "inspect", "examples:", "Exit codes: 0"]),
-        ("engine --help", ["llava-1.5-7b", "compiles without a GPU", "11.1% of the patches", "nothing is downloaded"]),
+        (
+            "engine --help",
+            ["no-history", "llava-1.5-7b", "compiles without a GPU", "11.1% of the patches", "nothing is downloaded"],
+        ),
         ("export --help", ["engine --backend ort", "fp32"]),
-        ("prune --help", ["pixel_values [B, 3, S, S]", "kept [B, K], counts [B, L+1] and features", "FILE-0.png"]),
+        (
+            "prune --help",
+            [
+                "no-semantic",
+                "random-SEED",
+                "pixel_values [B, 3, S, S]",
+                "kept [B, K], counts [B, L+1] and features",
+                "FILE-0.png",
+            ],
+        ),
         ("run --help", ["<image>", "ort runs everywhere", "bundled"]),
         ("verify --help", ["tolerances"]),
         ("inspect --help", ["exit code 1"]),

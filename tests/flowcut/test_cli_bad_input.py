@@ -81,6 +81,7 @@ def _write_schedules() -> None:
         "rising": static | {"counts": [100, 120, 60, 40, 16]},
         "keys": {"kind": "static"},
         "list": [1, 2],
+        "cls": static | {"counts": [16], "selector": "cls"},
         "adaptive": {"kind": "adaptive", "patches": 144, "tokens": 16, "counts": []},
     }.items():
         Path(f"{name}.json").write_text(json.dumps(content))
@@ -113,6 +114,18 @@ BUILD: dict[str, tuple[str, str]] = {
     "rising schedule": ("llava-tiny --schedule rising.json", r"schedule\.counts must fall .*got \[100, 120"),
     "another budget": ("llava-tiny --schedule budget.json", r"'tokens': 16.*got .*'tokens': 32.*--tokens"),
     "another depth": ("llava-tiny --schedule points.json", r"'pruning points': 5.*got .*'pruning points': 2"),
+    "unknown selector": (
+        "llava-tiny --selector flow",
+        r"selector must be one of flowcut, .*'flow'\. Did you mean flowcut\?",
+    ),
+    "selector of a file": (
+        "llava-tiny --schedule cls.json --selector grid",
+        r"cls\.json must be made for .*'grid'.*got .*'cls'.*--selector",
+    ),
+    "nothing to follow": (
+        "llava-tiny --schedule masked --selector cls",
+        r"schedule must be static with the selector cls, .* got 'masked'\. Ask for static, or for another selector",
+    ),
     "no layers": ("llava-tiny --decoder-layers 0", r"decoder_layers must be in 1\.\.2, got 0"),
     "too many layers": ("llava-tiny --decoder-layers 3", r"decoder_layers must be in 1\.\.2, got 3"),
     "no batch": ("llava-tiny --max-batch 0", r"max_batch must be at least 1, got 0"),
@@ -228,10 +241,14 @@ PRUNE: dict[str, tuple[str, str]] = {
     "folder": ("--pixels folder.png", r"pixels must be a \.npy file, got 'folder\.png': Is a directory"),
     "not a picture": ("--image text.png", "image must be a picture that Pillow reads"),
     "tokens": ("--tokens 145", r"tokens must be in 1\.\.144"),
-    "schedule": ("--schedule budget.json", "another file or --tokens"),
+    "schedule": ("--schedule budget.json", "another file, --tokens or --selector"),
     "adaptive on ort": (
         "--backend ort --schedule adaptive",
         r"schedule must be static, masked or a \.json .*masked keeps the same patches",
+    ),
+    "adaptive with one shot": (
+        "--schedule adaptive --selector random",
+        r"schedule must be static with the selector random-0, .* got 'adaptive'\. Ask for static, or",
     ),
     "absent folder": (
         "--out nowhere/kept.npz",

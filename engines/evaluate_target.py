@@ -1,0 +1,249 @@
+"""What `flowcut eval` may ask: an engine directory, or a checkpoint in PyTorch or exported for the occasion."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from rich.progress import Progress
+
+from engines.pipeline import BuildSettings, build_directory, token_count
+from engines.runtime import LlavaEngine, load_engine
+from flowcut.aliases import Model, resolve
+from flowcut.artifacts import MANIFEST, Manifest, read_manifest
+from flowcut.config import Precision, VisionConfig
+from flowcut.deps import require
+from flowcut.errors import ConfigError
+from flowcut.prompt import question_prompt
+from flowcut.schedule import Schedule, check_fixed_shapes, default_schedule, make_schedule
+from flowcut.selector import selector_name
+from flowcut.tiny.scenes import Split
+
+NEW_TOKENS = 4
+"""Longest answer; the right ones are one word."""
+AT_ONCE = 8
+"""Prompts at once where the graphs are exported for the occasion."""
+RANDOM, SEEDS = "random", 3
+"""The selector of several seeds, and how many."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to ask whom.
+
+    Attributes:
+        target: an engine directory, or what flowcut.aliases.resolve takes.
+        tokens, schedule, selector, precision: of a checkpoint, as in PruneSettings and BuildSettings; a directory has
+            its own. The selector "random" is random-0, random-1 and random-2 one after the other.
+        backend: "auto", "torch" or "ort" for a checkpoint; "auto", "rtx", "trt" or "ort" for a directory.
+        scenes, questions: see engines.evaluate.make_pages.
+        threads: of PyTorch or of ONNX Runtime on the CPU; None leaves it to choose.
+        answers: file that takes all answers, one JSON object a line.
+    """
+
+    target: str
+    tokens: int | str | None = None
+    schedule: str | None = None
+    selector: str | None = None
+    backend: str = "auto"
+    precision: Precision | None = None
+    split: Split = "test"
+    scenes: int | None = None
+    questions: int | None = None
+    threads: int | None = None
+    answers: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scenes", "questions", "threads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who is asked. `schedule` is its kind; `note` is the model's."""
+
+    model: str
+    note: str
+    tokens: int
+    patches: int
+    selector: str
+    schedule: str
+    backend: str
+    precision: str
+
+
+class Answerer(Protocol):
+    """A model, ready to answer. `at_once`: pictures that one call should bring."""
+
+    at_once: int
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Answers to each picture's questions, which come without a template."""
+        ...
+
+
+Answerers = Generator[tuple[str, Answerer]]
+"""With the name of each one's selector, opened one after the other."""
+
+
+def open_target(settings: EvalSettings, progress: Progress) -> tuple[Subject, Answerers]:
+    """Who is asked, checked against the settings, and what answers.
+
+    Raises:
+        ConfigError, CheckpointError, EngineError: a setting or target that does not fit.
+        FlowCutError: a library that is not installed.
+    """
+    directory = Path(settings.target).expanduser()
+    if settings.target and (directory / MANIFEST).is_file():
+        return _open_directory(settings, directory)
+    return _open_checkpoint(settings, progress)
+
+
+class EngineAnswerer:
+    """An engine directory, whatever runs it. Each question brings its picture, as a request does."""
+
+    at_once = 16
+
+    def __init__(self, engine: LlavaEngine) -> None:
+        limits = engine.manifest.limits
+        self._engine = engine
+        self._prompts = min(limits.max_batch, limits.max_images)
+        self._new_tokens = min(NEW_TOKENS, limits.max_new_tokens)
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
+        """See Answerer."""
+        both = zip(pictures, questions, strict=True)
+        pairs = [(picture, question_prompt(text)) for picture, texts in both for text in texts]
+        answers: list[str] = []
+        for start in range(0, len(pairs), self._prompts):
+            some = pairs[start : start + self._prompts]
+            generation = self._engine.generate([p for p, _ in some], [text for _, text in some], self._new_tokens)
+            answers += generation.texts
+        words = iter(answers)
+        return [[next(words) for _ in texts] for texts in questions]
+
+
+def _open_directory(settings: EvalSettings, directory: Path) -> tuple[Subject, Answerers]:
+    if settings.backend == "torch":
+        raise ConfigError(
+            f"backend must be auto, rtx, trt or ort for an engine directory, got 'torch'. To evaluate in PyTorch, name "
+            f"the checkpoint that {directory} was built from."
+        )
+    manifest = read_manifest(directory)
+    _check_built(settings, manifest, directory)
+    engine = load_engine(directory, settings.backend, settings.threads)
+    subject = Subject(
+        model=manifest.model,
+        note=manifest.note,
+        tokens=manifest.tokens,
+        patches=manifest.geometry.vision.patches,
+        selector=selector_name(manifest.schedule),
+        schedule=manifest.schedule["kind"],
+        backend=engine.backend,
+        precision=manifest.precision,
+    )
+    return subject, _loaded(subject.selector, engine)
+
+
+def _check_built(settings: EvalSettings, manifest: Manifest, directory: Path) -> None:
+    """Raise ConfigError for a setting that differs from what the directory was built with."""
+    vision, schedule = manifest.geometry.vision, manifest.schedule
+    built: dict[str, tuple[Any, Any]] = {
+        "tokens": (settings.tokens and token_count(settings.tokens, vision.patches), manifest.tokens),
+        "selector": (settings.selector, selector_name(schedule)),
+        "schedule": (settings.schedule, schedule["kind"]),
+        "precision": (settings.precision, manifest.precision),
+    }
+    if settings.schedule and settings.schedule.endswith(".json"):
+        built["schedule"] = make_schedule(settings.schedule, vision, manifest.tokens).to_dict(), dict(schedule)
+    for field, (given, own) in built.items():
+        if given is not None and given != own:
+            raise ConfigError(
+                f"{field} must be {own!r}, which {directory} was built with, got {given!r}. Leave it out, or name the "
+                "checkpoint instead of the directory."
+            )
+
+
+def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subject, Answerers]:
+    backend = "torch" if settings.backend == "auto" else settings.backend
+    if backend not in ("torch", "ort"):
+        raise ConfigError(
+            f"backend must be torch or ort for a checkpoint, got {settings.backend!r}. `flowcut engine "
+            f"{settings.target}` builds an engine directory, which other backends run."
+        )
+    if backend == "torch" and settings.precision not in (None, "fp32"):
+        raise ConfigError(f"precision must be fp32 with torch, got {settings.precision!r}. --backend ort takes fp16.")
+    model = resolve(settings.target)
+    schedules = _schedules(settings, backend, model.config.vision)
+    subject = Subject(
+        model=model.name,
+        note=model.note,
+        tokens=schedules[0].tokens,
+        patches=schedules[0].patches,
+        selector=RANDOM if len(schedules) > 1 else schedules[0].selector,
+        schedule=schedules[0].kind,
+        backend=backend,
+        precision=settings.precision or "fp32",
+    )
+    if backend == "torch":
+        require("torch", extra="torch")
+        return subject, _eager(model, schedules, settings.threads)
+    for schedule in schedules:
+        check_fixed_shapes(schedule)
+    require("onnx_ir", extra="export")
+    require("onnxruntime", extra="cpu")
+    return subject, _exported(settings, schedules, progress)
+
+
+def _schedules(settings: EvalSettings, backend: str, vision: VisionConfig) -> list[Schedule]:
+    tokens = token_count(settings.tokens, vision.patches)
+    name = settings.schedule or default_schedule(settings.selector, backend)
+    several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if settings.selector == RANDOM else [settings.selector]
+    return [make_schedule(name, vision, tokens, one) for one in several]
+
+
+def _loaded(name: str, engine: LlavaEngine) -> Answerers:
+    yield name, EngineAnswerer(engine)
+
+
+def _eager(model: Model, schedules: Sequence[Schedule], threads: int | None) -> Answerers:
+    import torch
+
+    from engines.evaluate_torch import Eager, TorchAnswerer
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        eager = Eager.load(model)
+        for schedule in schedules:
+            yield schedule.selector, TorchAnswerer(eager, schedule)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _exported(settings: EvalSettings, schedules: Sequence[Schedule], progress: Progress) -> Answerers:
+    for schedule in schedules:
+        with tempfile.TemporaryDirectory(prefix="flowcut-") as directory:
+            target = Path(directory) / "engine"
+            build_directory(_build(settings, schedule, target), progress)
+            yield schedule.selector, EngineAnswerer(load_engine(target, "ort", settings.threads))
+
+
+def _build(settings: EvalSettings, schedule: Schedule, target: Path) -> BuildSettings:
+    return BuildSettings(
+        model=settings.target,
+        tokens=schedule.tokens,
+        schedule=settings.schedule or default_schedule(schedule.selector, "ort"),
+        selector=schedule.selector,
+        precision=settings.precision or "fp32",
+        backend="ort",
+        max_batch=AT_ONCE,
+        max_images=AT_ONCE,
+        max_new_tokens=NEW_TOKENS,
+        out=target,
+    )
