@@ -12,9 +12,13 @@ DECODER_LAYERS =
 IMAGE          =
 QUESTION       =
 ARGS           =
+SCALE          = full
+OUT            =
 
 define HELP
 make engine      export and compile MODEL into build/, ask it one question about one picture
+make tiny        train llava-tiny from nothing into build/tiny-$(SCALE); goes on where it was interrupted
+make results     measure accuracy against tokens kept again, for docs/results
 make setup       install everything for development into .venv
 make test        lint, then the tests that take seconds (no GPU, no network)
 make test-long   the tests that take minutes
@@ -37,6 +41,9 @@ Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
   IMAGE=               the picture to ask about; empty: a bundled one
   QUESTION=            the question; empty: a bundled one
   ARGS=                anything else for `flowcut engine` (see .venv/bin/flowcut engine --help)
+Variables of make tiny:
+  SCALE=$(SCALE)           full, or smoke: the same path in a minute, which learns little
+  OUT=                 the checkpoint to write; empty: build/tiny-$(SCALE)/llava-tiny
 And for every target:
   PYTHON=$(PYTHON)       the Python that makes .venv; 3.11 or newer
 endef
@@ -58,7 +65,7 @@ DEV         := $(call stamp,dev)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help engine setup test test-long test-gpu lint format clean distclean
+.PHONY: help engine tiny results setup test test-long test-gpu lint format clean distclean
 
 help:
 	@: $(info $(HELP))
@@ -74,6 +81,13 @@ engine: $(ENGINE)
 	  --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" --precision $(PRECISION) --backend $(BACKEND) \
 	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \
 	  $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"} $(ARGS)
+
+tiny: export FLOWCUT_OUT := $(value OUT)
+tiny: $(DEV)
+	@$(BIN)/python -m flowcut.tiny --scale $(SCALE) $${FLOWCUT_OUT:+--out "$$FLOWCUT_OUT"}
+
+results: $(DEV)
+	$(BIN)/python docs/results/accuracy_by_tokens.py
 
 setup: $(DEV)
 

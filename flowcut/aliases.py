@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -46,9 +45,9 @@ class Model:
 
     @property
     def tokenizer(self) -> Path:
-        """Its tokenizer.json, or llava-tiny's where it has none; `note` then says so."""
+        """Its tokenizer.json, or the stand-in's where it has none; `note` then says so."""
         own = self.files / TOKENIZER
-        return own if own.is_file() else ASSETS / "llava-tiny" / TOKENIZER
+        return own if own.is_file() else ASSETS / "stand-in" / TOKENIZER
 
 
 def resolve(model: str, *, random: bool = False, decoder_layers: int | None = None, seed: int = 0) -> Model:
@@ -65,12 +64,12 @@ def resolve(model: str, *, random: bool = False, decoder_layers: int | None = No
     full = LlavaConfig.from_file(files / "config.json")
     config = _keep_layers(full, decoder_layers)
     weights = random_weights(config, seed) if random else open_checkpoint(files, config)
-    notes = ["random weights" if random else _note(files)]
+    notes = ["random weights"] if random else []
     if config != full:
         notes.append(f"{config.text.num_hidden_layers} of {full.text.num_hidden_layers} decoder layers")
     if not (files / TOKENIZER).is_file():
         notes.append(f"stand-in tokenizer (no {TOKENIZER} in the checkpoint)")
-    return Model(name, config, weights, files, ", ".join(filter(None, notes)))
+    return Model(name, config, weights, files, ", ".join(notes))
 
 
 def _locate(model: str, random: bool) -> tuple[str, Path]:
@@ -89,12 +88,6 @@ def _locate(model: str, random: bool) -> tuple[str, Path]:
     if random or alias.repo is None:
         return model, ASSETS / model
     return model, fetch(model, alias.repo)
-
-
-def _note(files: Path) -> str:
-    """What a checkpoint says of itself in config.json's `flowcut_note`, as llava-tiny does: it follows the files."""
-    note = json.loads((files / "config.json").read_text(encoding="utf-8")).get("flowcut_note", "")
-    return note if isinstance(note, str) else ""
 
 
 def _safe_name(directory: Path) -> str:

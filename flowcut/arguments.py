@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import flowcut
 
-QUESTION = "What colour is the circle?"
+QUESTION = "What color is the circle?"
 EXAMPLES = """examples:
   flowcut engine llava-tiny --ask
   flowcut engine llava-1.5-7b --weights random --decoder-layers 2 --backend ort

@@ -56,7 +56,7 @@ def directories(checkpoint: WriteCheckpoint, tmp_path_factory: pytest.TempPathFa
     """Checkpoint directories by name: one of the seeded recipe, with a tokenizer, and the bundled one."""
     seeded = tmp_path_factory.mktemp("checkpoint") / "seeded"
     shutil.copytree(checkpoint("tiny", seed=3), seeded)
-    shutil.copy(ASSETS / "llava-tiny" / "tokenizer.json", seeded)
+    shutil.copy(ASSETS / "stand-in" / "tokenizer.json", seeded)
     return {"seeded": seeded, "llava-tiny": ASSETS / "llava-tiny"}
 
 

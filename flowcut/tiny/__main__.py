@@ -37,11 +37,14 @@ def main() -> int:
             history = train(arguments.scale, work, out, progress, fast)
     except ImportError as error:
         print(
-            f"flowcut.tiny: {error.name} must be installed to train. pip install 'flowcut-trt[tiny]'", file=sys.stderr
+            f"flowcut.tiny: {error.name} must be installed to train. pip install 'flowcut-trt[torch]'", file=sys.stderr
         )
         return 1
-    except FlowCutError as error:
+    except (FlowCutError, OSError) as error:
         print(f"flowcut.tiny: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flowcut.tiny: interrupted. The same command goes on from here.", file=sys.stderr)
         return 1
     print(json.dumps({"checkpoint": str(out), "seconds": round(time.monotonic() - started, 1), **history}))
     return 0

@@ -19,7 +19,7 @@ from flowcut.tiny.drawing import Labels
 from flowcut.vision import Projector
 
 LENGTHS = {144: 0.4, 64: 0.2, 28: 0.25, 12: 0.15}
-"""How many visual tokens a batch shows, and how often. Few lengths: each is compiled once."""
+"""How many visual tokens a batch shows, and how often."""
 
 
 class Student(nn.Module):

@@ -21,7 +21,7 @@ from flowcut.tiny.scenes import Split
 from flowcut.tiny.tower_lesson import VALIDATION
 
 QUESTIONS = 24  # of one picture in a batch
-MEASURED = 8  # pictures at once, as many as a worker trains on: another number would be compiled anew
+MEASURED = 8  # pictures at once
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class MakeDecoderLesson:
     config: LlavaConfig
     work: Path
     scenes: int
-    fast: bool
 
     def __call__(self) -> DecoderLesson:
         return DecoderLesson(self)
@@ -43,7 +42,6 @@ class DecoderLesson:
     def __init__(self, setup: MakeDecoderLesson) -> None:
         student = decoder.Student(setup.config)
         self.module: nn.Module = student
-        self._net = torch.compile(student) if setup.fast else student
         self._eos = setup.config.eos_token_ids[0]
         self._train = _read(setup.work, "train", setup.scenes)
         self._val = _read(setup.work, "val", VALIDATION)
@@ -77,7 +75,7 @@ class DecoderLesson:
     def _answer(self, seen: NDArray[np.float16], asking: Asking, questions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         ids, places, wanted = (torch.from_numpy(x) for x in asking.batch(questions, self._eos))
         with torch.autocast("cpu", torch.bfloat16):
-            logits: Tensor = self._net(
+            logits: Tensor = self.module(
                 torch.from_numpy(seen.astype(np.float32)), torch.from_numpy(asking.before), ids, places
             )
         return logits, wanted

@@ -1,4 +1,4 @@
-"""The bundled models' files but for weights: llava-tiny's, and the Hub models' with llava-tiny's tokenizer.
+"""The bundled files but for weights: llava-tiny's, the Hub models' with llava-tiny's tokenizer, a stand-in tokenizer.
 
 Everything is decided here: a second run writes the same bytes. Needs numpy and tokenizers.
 """
@@ -14,8 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from flowcut.tiny.questions import all_questions
 from flowcut.tiny.scenes import make_scene
 
-VOCABULARY = 1024
-IMAGE, PAD = VOCABULARY - 2, VOCABULARY - 1  # llava-tiny's; LLaVA-1.5 has 32000 and 32001
+VOCABULARY = 1024  # llava-tiny's; <image> and <pad> are its last two. LLaVA-1.5 has them at 32000 and 32001
+SMALL = 512  # so that any checkpoint's vocabulary holds it
 SPECIALS = ["<unk>", "<s>", "</s>"]  # 0, 1, 2, as in Llama
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
@@ -124,13 +124,21 @@ HUB_LLAMA = {
 
 def write_tiny(directory: Path) -> None:
     """All of llava-tiny but its weights."""
-    write_settings(directory, llava(TINY_CLIP, TINY_LLAMA, IMAGE, PAD), IMAGE, PAD)
+    image, pad = VOCABULARY - 2, VOCABULARY - 1
+    write_settings(directory, llava(TINY_CLIP, TINY_LLAMA, image, pad), image, pad)
 
 
 def write_stand_ins(out: Path) -> None:
-    """Settings of the Hub's models, with this tokenizer in place of theirs, under `out`/<alias>."""
+    """What stands in for files that are not there, under `out`.
+
+    <alias>/ of each of the Hub's models: its settings, with llava-tiny's tokenizer in place of its own. stand-in/: a
+    smaller tokenizer for checkpoints that have none.
+    """
     for alias, text in HUB_LLAMA.items():
         write_settings(out / alias, llava(CLIP, text, 32000, 32001), 32000, 32001)
+    (out / "stand-in").mkdir(exist_ok=True)
+    small = tokenizer(SMALL - 2, SMALL - 1, SMALL)
+    write_json(out / "stand-in" / "tokenizer.json", json.loads(small.to_str()))
 
 
 def llava(vision: dict[str, Any], text: dict[str, Any], image: int, pad: int) -> dict[str, Any]:
@@ -151,9 +159,9 @@ def write_settings(directory: Path, config: dict[str, Any], image: int, pad: int
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def tokenizer(image: int, pad: int) -> Tokenizer:
-    """Llama's pipeline (byte-fallback BPE, a space before every text, BOS) over our own words."""
-    vocabulary, merges = learn()
+def tokenizer(image: int, pad: int, size: int = VOCABULARY) -> Tokenizer:
+    """Llama's pipeline (byte-fallback BPE, a space before every text, BOS) over our own words; `size` with both."""
+    vocabulary, merges = learn(size - 2)
     vocabulary |= {"<image>": image, "<pad>": pad}
     out = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     out.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -165,12 +173,12 @@ def tokenizer(image: int, pad: int) -> Tokenizer:
     return out
 
 
-def learn() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """BPE vocabulary below IMAGE, and its merges, best first."""
+def learn(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """BPE vocabulary of `size`, and its merges, best first."""
     learner = Tokenizer(models.BPE())
     words = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
     learner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Punctuation("isolated")])
-    trainer = trainers.BpeTrainer(vocab_size=IMAGE, special_tokens=SPECIALS + BYTES, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS + BYTES, show_progress=False)
     asked = {q.text + " " + q.answer for number in range(300) for q in all_questions(make_scene("train", number))}
     learner.train_from_iterator(WORDS.split() + SENTENCES * 10 + sorted(asked), trainer)
     model = json.loads(learner.to_str())["model"]

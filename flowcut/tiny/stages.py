@@ -44,7 +44,7 @@ class Recipe:
 
 
 RECIPES: dict[Scale, Recipe] = {
-    "full": Recipe(24000, 16000, Plan(3300, 32, 1.5e-3, 200, 2000, 5000), Plan(2400, 16, 2e-3, 150, 1200, 3600)),
+    "full": Recipe(24000, 16000, Plan(3300, 32, 1.5e-3, 200, 2000, 5000), Plan(2250, 16, 2e-3, 150, 1600, 3600)),
     "smoke": Recipe(256, 128, Plan(30, 16, 1.5e-3, 10, 20, 30), Plan(30, 16, 2e-3, 10, 20, 30)),
 }
 
@@ -76,7 +76,7 @@ def train(scale: Scale, work: Path, out: Path, progress: Progress, fast: bool = 
     for split, count, exact in parts:
         _features(trained, settings, work, split, count, exact, progress)
         _questions(model / "tokenizer.json", work, split, count, progress)
-    fit("decoder", MakeDecoderLesson(config, work, recipe.scenes, fast), recipe.decoder, work, progress)
+    fit("decoder", MakeDecoderLesson(config, work, recipe.scenes), recipe.decoder, work, progress)
     _publish(config, trained, work, out)
     return _history(work)
 
@@ -115,7 +115,7 @@ def _features(
     for start in range(0, count, 64):
         stop = min(start + 64, count)
         with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
-            states = trained(tower.to_patches(pictures[start:stop], mean, std))
+            states = trained(tower.to_patches(np.array(pictures[start:stop]), mean, std))
         features[start:stop] = states[-2][:, 1:].float().numpy()
         progress.advance(task, stop - start)
     features.flush()

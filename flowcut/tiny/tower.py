@@ -184,7 +184,8 @@ def accuracies(
     result["glyph"] = (read["glyph"].argmax(-1) == wanted["glyph"])[glyph].float().mean().item()
     centre = wanted["centre"] > 0
     result["centre"] = (read["centre"].squeeze(-1) > 0)[centre].float().mean().item()
-    result["centre_precision"] = centre[read["centre"].squeeze(-1) > 0].float().mean().item()
+    found = read["centre"].squeeze(-1) > 0
+    result["centre_precision"] = (centre & found).sum().item() / max(1, int(found.sum()))  # 0 where none is found
     result["pixels"] = ((read["where"] - wanted["where"]).abs()[..., 2:4][thing].mean() * SIZE / 2).item()
     result["size"] = ((read["where"] - wanted["where"]).abs()[..., 4][thing].mean() * LARGEST / 2).item()
     result["cls_pairs"] = (told["pairs"] > 0)[wanted["pairs"] > 0].float().mean().item()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor, distributed, multiprocessing, nn
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 
 from flowcut.errors import FlowCutError
 
@@ -72,8 +72,11 @@ def fit(name: str, make: Callable[[], Lesson], plan: Plan, directory: Path, prog
     Args:
         make: picklable; builds the same lesson in every process.
         directory: also gets <name>.jsonl, the curve, with accuracies sixteen times in all.
+
+    Raises:
+        FlowCutError: a worker fails or is killed; what it saved is gone on with the next time.
     """
-    workers = len(os.sched_getaffinity(0))
+    workers = min(len(os.sched_getaffinity(0)), plan.batch)
     reports: Any = multiprocessing.get_context("spawn").Queue()
     task = progress.add_task(name, total=plan.steps)
     with tempfile.TemporaryDirectory() as meeting:
@@ -82,12 +85,21 @@ def fit(name: str, make: Callable[[], Lesson], plan: Plan, directory: Path, prog
         try:
             while not run.join(timeout=0.5):
                 _show(progress, task, reports, name)
-        except ProcessRaisedException as error:
-            raise FlowCutError(f"{name} must train to its end, got an error in a worker process: {error}") from None
+        except ProcessException as error:
+            raise FlowCutError(
+                f"{name} must train to its end, got in a worker process: {_last(str(error))}."
+            ) from error
         finally:
             for process in run.processes:
                 process.kill()
     _show(progress, task, reports, name)
+
+
+def _last(report: str) -> str:
+    """A traceback's last words, or all of what has no traceback, in one line."""
+    lines = report.strip().splitlines()
+    traced = [i for i, line in enumerate(lines) if line.startswith("  ")]
+    return " ".join(lines[traced[-1] + 1 if traced else 0 :]).rstrip(".")
 
 
 def load(name: str, module: nn.Module, directory: Path) -> None:

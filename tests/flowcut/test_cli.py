@@ -95,12 +95,11 @@ def test_engine_then_run_then_inspect(command: Command, pictures: list[Path]) ->
     assert built.code == 0
     assert directory == Path("made/llava-tiny-16-fp16-ort")
     assert built.result.keys() == documented_keys("engine") | documented_keys("run")
-    assert built.result["note"] == "random weights"
+    assert built.result["note"] == ""
     assert built.result["engine_bytes"] == {}
     assert built.result["latency_ms"]["prefill"]["n"] == 2
     for words in ("built made/llava-tiny-16-fp16-ort", "vision.onnx.data", "export: ", "16 of 144 patches"):
         assert words in built.text
-    assert built.text.count("random weights: answers and kept patches mean nothing") == 2
     assert fits(built.text)
 
     asked = command("run", directory, "--image", pictures[0], "--question", "Why [not]?", "--repeats", 1)
@@ -160,7 +159,7 @@ def test_export_writes_what_engine_does_for_ort(command: Command) -> None:
 
 
 def test_random_weights_are_said_everywhere(command: Command) -> None:
-    note = "random weights, 1 of 2 decoder layers"
+    note = "random weights, 1 of 4 decoder layers"
     options = ("--weights", "random", "--seed", 7, "--decoder-layers", 1)
     built = command("engine", "llava-tiny", *options, "--backend", "ort", "--out", "e", "--ask", "--repeats", 1)
     manifest = read_manifest(Path("e"))
