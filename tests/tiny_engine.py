@@ -36,10 +36,11 @@ def write_engine(
     tokens: int = 16,
     limits: Limits = LIMITS,
     backend: str = "ort",
+    random: bool = False,
 ) -> TinyEngine:
-    """For rtx and trt the engine files hold the path of their ONNX file, which is what tests/fake_gpu.py runs."""
+    """`random`: seeded weights, which answer at length. For rtx and trt the engine files hold the path of their ONNX file, which is what tests/fake_gpu.py runs."""
     directory.mkdir()
-    found = resolve(model)
+    found = resolve(model, random=random)
     schedule = make_schedule("static", found.config.vision, tokens)
     vision = vision_contract(found.config, tokens, precision, limits)
     language = language_contract(found.config, tokens, precision, limits)

@@ -231,10 +231,11 @@ def test_says_what_a_build_of_something_else_replaces(tmp_path: Path) -> None:
     assert build(tmp_path / "e").replaced == ""
     assert build(tmp_path / "e").replaced == ""  # the same again
     replaced = build(tmp_path / "e", schedule="masked").replaced
-    assert replaced == "schedule static, 4 decoder layers"
+    own = resolve("llava-tiny").weights.sha256[:8]
+    assert replaced == f"checkpoint {own}, schedule static, 4 decoder layers"
     build(tmp_path / "e", selector="random")
     replaced = build(tmp_path / "e").replaced
-    assert replaced == "schedule static, selector random-0, 4 decoder layers"
+    assert replaced == f"checkpoint {own}, schedule static, selector random-0, 4 decoder layers"
 
 
 def test_a_checkpoint_without_a_tokenizer_gets_a_stand_in_and_says_so(tmp_path: Path) -> None:

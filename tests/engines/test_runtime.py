@@ -49,7 +49,7 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
         key = (precision, backend)
         if key not in written:
             directory = tmp_path_factory.mktemp("runtime") / "-".join(key)
-            written[key] = write_engine(directory, precision=precision, backend=backend)
+            written[key] = write_engine(directory, precision=precision, backend=backend, random=True)
         return written[key]
 
     return make
@@ -107,7 +107,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 def test_prefill_equals_torch(engine: LlavaEngine, torch_reference: Reference) -> None:
     prefill = engine.prefill(picture(0), QUESTIONS[0])
     logits, kept, _ = torch_reference.answer([picture(0)], QUESTIONS[0], 1)
-    assert prefill.logits.shape == (1, 512)
+    assert prefill.logits.shape == (1, 1024)
     assert prefill.logits.dtype == np.float32
     assert error(prefill.logits, logits) < 1e-4
     np.testing.assert_array_equal(prefill.kept[0][0], kept[0])

@@ -51,7 +51,9 @@ def prompts(tiny: TinyEngine, batch: int = 2, length: int = 24) -> Feeds:
         "position_ids": np.tile(np.arange(length), (batch, 1)),
         "image_rows": rows,
         "last_token": np.arange(batch) + length - batch,
-        "image_embeds": rng.standard_normal((1, tiny.schedule.tokens, 128)).astype(np.float32),
+        "image_embeds": rng.standard_normal((1, tiny.schedule.tokens, tiny.model.config.text.hidden_size)).astype(
+            np.float32
+        ),
     }
 
 
@@ -199,11 +201,11 @@ WRONG = {
     "rank": (lambda f: f | {"last_token": f["last_token"][:, None]}, r"last_token must be int64\[batch 2\], got"),
     "fixed size": (
         lambda f: f | {"image_embeds": f["image_embeds"][:, 1:]},
-        r"float32\[images 1\.\.4, 16, 128\]|images 1,",
+        r"float32\[images 1\.\.4, 16, 192\]|images 1,",
     ),
     "range": (
-        lambda f: f | {"image_embeds": np.zeros((5, 16, 128), np.float32)},
-        r"images 1\.\.4, 16, 128\], got float32",
+        lambda f: f | {"image_embeds": np.zeros((5, 16, 192), np.float32)},
+        r"images 1\.\.4, 16, 192\], got float32",
     ),
     "two batches": (lambda f: f | {"last_token": np.zeros(3, np.int64)}, r"batch 2\], got int64\[3\]"),
 }
@@ -250,8 +252,8 @@ def test_a_graph_of_another_contract_is_refused(tiny: TinyEngine) -> None:
     fewer = language_contract(tiny.model.config, 9, "fp32", LIMITS)
     with pytest.raises(EngineError, match="difference: changed image_embeds"):
         OrtSession(tiny.directory / "language.onnx", fewer)
-    config = replace(tiny.model.config, text=replace(tiny.model.config.text, num_hidden_layers=3))
-    with pytest.raises(EngineError, match=r"missing past\.2\.key, past\.2\.value"):
+    config = replace(tiny.model.config, text=replace(tiny.model.config.text, num_hidden_layers=5))
+    with pytest.raises(EngineError, match=r"missing past\.4\.key, past\.4\.value"):
         OrtSession(tiny.directory / "language.onnx", language_contract(config, 16, "fp32", LIMITS))
 
 

@@ -65,7 +65,7 @@ def prompts(batch: int = 2, length: int = 24, seed: int = 0) -> Feeds:
         "position_ids": np.tile(np.arange(length), (batch, 1)),
         "image_rows": rows,
         "last_token": np.arange(batch) + length - batch,
-        "image_embeds": rng.standard_normal((1, 16, 128)).astype(np.float16),
+        "image_embeds": rng.standard_normal((1, 16, 192)).astype(np.float16),
     }
 
 

@@ -63,7 +63,9 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_engine(tmp_path_factory.mktemp("cli") / "engine", precision="fp16", backend="rtx").directory
+    return write_engine(
+        tmp_path_factory.mktemp("cli") / "engine", precision="fp16", backend="rtx", random=True
+    ).directory
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def test_engine_then_run_then_inspect(command: Command, pictures: list[Path]) ->
     asked = command("run", directory, "--image", pictures[0], "--question", "Why [not]?", "--repeats", 1)
     assert asked.result.keys() == documented_keys("run")
     assert asked.result["backend"] == asked.result["built_for"] == "ort"
-    assert len(asked.result["token_ids"]) == 32
+    assert asked.result["ended"] is True
     assert [len(kept) for kept in asked.result["kept"]] == [16]
     assert "Why [not]?" in asked.text
     marks = re.findall(r"^ {9}([█·]{12})$", asked.text, re.MULTILINE)
@@ -174,7 +176,7 @@ def test_two_pictures_in_one_prompt(command: Command, directory: Path, pictures:
     done = command("run", directory, "--image", pictures[0], "--image", pictures[1], "--repeats", 1)
     assert len(done.result["kept"]) == 2
     assert done.text.count("16 of 144 patches") == 2
-    assert "USER: <image> <image> What colour" in done.text
+    assert "USER: <image> <image> What color" in done.text
 
 
 def test_pictures_follow_one_option_and_a_question_needs_no_ask(command: Command, pictures: list[Path]) -> None:

@@ -126,8 +126,8 @@ BUILD: dict[str, tuple[str, str]] = {
         "llava-tiny --schedule masked --selector cls",
         r"schedule must be static with the selector cls, .* got 'masked'\. Ask for static, or for another selector",
     ),
-    "no layers": ("llava-tiny --decoder-layers 0", r"decoder_layers must be in 1\.\.2, got 0"),
-    "too many layers": ("llava-tiny --decoder-layers 3", r"decoder_layers must be in 1\.\.2, got 3"),
+    "no layers": ("llava-tiny --decoder-layers 0", r"decoder_layers must be in 1\.\.4, got 0"),
+    "too many layers": ("llava-tiny --decoder-layers 5", r"decoder_layers must be in 1\.\.4, got 5"),
     "no batch": ("llava-tiny --max-batch 0", r"max_batch must be at least 1, got 0"),
     "no images": ("llava-tiny --max-images 0", r"max_images must be at least 1, got 0"),
     "no answer": ("llava-tiny --max-new-tokens 0", r"max_new_tokens must be at least 1, got 0"),
@@ -138,7 +138,7 @@ BUILD: dict[str, tuple[str, str]] = {
     ),
     "prompt beyond the engine": (
         "llava-tiny --max-prompt 20 --question why?",
-        r"prompt 0 must have 1\.\.20 tokens, got 39 ",
+        r"prompt 0 must have 1\.\.20 tokens, got 28 ",
     ),
     "no prompt": ("llava-tiny --max-prompt 0", r"max_prompt must be in 17\.\.3968 .*got 0\."),
     "prompt of a picture alone": ("llava-tiny --max-prompt 16", r"max_prompt must be in 17\.\.3968 .*got 16\."),
@@ -347,7 +347,7 @@ def test_all_wrong_tensors_of_a_checkpoint_are_listed_at_once(command: str, plac
         ),
         ({"text_config": None}, "text_config must be an object, got None"),
         ({"vision_feature_layer": -1}, "vision_feature_layer must be -2, got -1"),
-        ({"image_token_index": 512}, r"image_token_index must be in 0..511"),
+        ({"image_token_index": 1024}, r"image_token_index must be in 0..1023"),
     ],
 )
 def test_config_of_another_model_is_refused(
