@@ -38,7 +38,10 @@ def write_engine(
     backend: str = "ort",
     random: bool = False,
 ) -> TinyEngine:
-    """`random`: seeded weights, which answer at length. For rtx and trt the engine files hold the path of their ONNX file, which is what tests/fake_gpu.py runs."""
+    """`random`: seeded weights, which answer at length.
+
+    For rtx and trt the engine files hold the path of their ONNX file, which is what tests/fake_gpu.py runs.
+    """
     directory.mkdir()
     found = resolve(model, random=random)
     schedule = make_schedule("static", found.config.vision, tokens)
