@@ -82,13 +82,14 @@ def wilson(share: float, n: int) -> Interval:
 def bootstrap(answers: Sequence[Answered], seed: int = 0) -> Interval:
     """The middle 95% of accuracies over RESAMPLES draws of as many scenes, with replacement, as there are.
 
-    Where every answer is right, or none, every draw is equal; then it is Wilson's interval with the scenes as trials.
+    Where every scene has the same share of right answers, every draw is equal; then it is Wilson's interval with the
+    scenes as trials.
     """
     scenes, rows = np.unique([answer.scene for answer in answers], return_inverse=True)
     asked = np.bincount(rows)
     right = np.bincount(rows, weights=[answer.right for answer in answers])
-    if (share := right.sum() / asked.sum()) in (0, 1):
-        return wilson(float(share), len(scenes))
+    if len(set((right / asked).tolist())) == 1:
+        return wilson(float(right.sum() / asked.sum()), len(scenes))
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn = (rng.integers(len(scenes), size=len(scenes)) for _ in range(RESAMPLES))
     low, high = np.percentile([right[rows].sum() / asked[rows].sum() for rows in drawn], (2.5, 97.5))

@@ -156,7 +156,7 @@ def _check_built(settings: EvalSettings, manifest: Manifest, directory: Path) ->
     built: dict[str, tuple[Any, Any]] = {
         "tokens": (settings.tokens and token_count(settings.tokens, vision.patches), manifest.tokens),
         "selector": (settings.selector, selector_name(schedule)),
-        "schedule": (settings.schedule, schedule["kind"]),
+        "schedule": (None if schedule["kind"] == "off" else settings.schedule, schedule["kind"]),
         "precision": (settings.precision, manifest.precision),
     }
     if settings.schedule and settings.schedule.endswith(".json"):

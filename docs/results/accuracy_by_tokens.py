@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engines.evaluate import ask, make_pages
+from engines.evaluate import SCENES, ask, make_pages
 from engines.evaluate_score import Answered, by_kind, by_selector, overall
 from engines.evaluate_target import SEEDS, EvalSettings, open_target
 from flowcut.aliases import resolve
@@ -179,7 +179,13 @@ def page(head: Mapping[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]) 
         "eager PyTorch in fp32 but those that say otherwise.",
         "",
         "Percent of right answers, with 95% intervals: over all questions from 2000 bootstrap draws of scenes, of one "
-        f"kind Wilson's. random is the mean of {SEEDS} seeds.",
+        f"kind Wilson's. random is the mean of {SEEDS} seeds, each of which is one choice of patches for all pictures; its "
+        "intervals are over scenes, given these seeds.",
+        "",
+        "What to keep in mind: `cls`, `random` and `grid` choose after the whole tower, whose last layers have already "
+        "spread what a thing is over its patches; FlowCut and its parts choose on the way, and make the tower cheaper. The "
+        "decoder was trained on pictures shortened to 64, 28 or 12 patches with the middle of every thing among them, never "
+        "to 8, and never by one of these selectors. `larger` and `relation` are choices of two: half is chance.",
         "",
         "![Accuracy against patches kept, a line per selector](accuracy_by_tokens.svg)",
         "",
@@ -250,9 +256,13 @@ def dress(panel: Any, title: str, ticks: Sequence[int]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="llava-tiny", help="checkpoint (default: llava-tiny)")
-    parser.add_argument("--scenes", type=int, default=400, metavar="N", help="of the test split (default: 400)")
+    parser.add_argument(
+        "--scenes", type=int, default=SCENES, metavar="N", help=f"of the test split (default: {SCENES})"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR", help="where to write")
     given = parser.parse_args(arguments)
+    if given.scenes < 1 or not given.out.is_dir():
+        parser.error(f"--scenes must be at least 1 and --out a directory, got {given.scenes} and {given.out}.")
     model = resolve(given.model)
     patches = model.config.vision.patches
     head = {
@@ -261,7 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     budgets = [round(patches * share) for share in SHARES]
     wanted = {line.label: [setting(line, tokens, patches, given.scenes) for tokens in budgets] for line in LINES}
-    path = given.out / "accuracy_by_tokens.json"
+    short = "" if given.scenes == SCENES else f"_{given.scenes}_scenes"  # never over the committed results
+    path = given.out / f"accuracy_by_tokens{short}.json"
     settings = list(dict.fromkeys(one for some in wanted.values() for one in some))
     before = known(path, head)
     results = run(given.model, settings, path, head, {o.name: before[o.name] for o in settings if o.name in before})

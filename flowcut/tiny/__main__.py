@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -14,12 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowcut.errors import FlowCutError
 
-COMPILERS = ("g++", "clang++", "c++")
-
 
 def main() -> int:
     arguments = _parser().parse_args()
-    fast = arguments.scale == "full" and any(map(shutil.which, COMPILERS))
+    fast = arguments.scale == "full" and shutil.which(os.environ.get("CXX", "g++")) is not None
     work = arguments.work or Path("build") / f"tiny-{arguments.scale}"
     out = arguments.out or work / "llava-tiny"
     columns = (

@@ -49,6 +49,12 @@ def test_bootstrap_counts_scenes_not_questions() -> None:
     assert bootstrap(copied)[1] - bootstrap(copied)[0] > 2 * (high - low)
 
 
+def test_scenes_that_are_all_alike_are_not_taken_for_certainty() -> None:
+    low, high = bootstrap([answered(7, right, kind) for right, kind in zip([True] * 5 + [False], KINDS, strict=True)])
+    assert (low, high) == wilson(5 / 6, 1)
+    assert high - low > 0.5
+
+
 def test_bootstrap_weighs_scenes_by_their_questions() -> None:
     answers = [answered(0, True, kind) for kind in KINDS[:3]] + [answered(1, False)]
     # of two scenes the draws are both, the first alone or the second alone: 0.75, 1 and 0
