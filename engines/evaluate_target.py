@@ -101,6 +101,11 @@ def open_target(settings: EvalSettings, progress: Progress) -> tuple[Subject, An
     directory = Path(settings.target).expanduser()
     if settings.target and (directory / MANIFEST).is_file():
         return _open_directory(settings, directory)
+    if "/" in settings.target and not directory.exists():
+        raise ConfigError(
+            f"target must be an engine directory or a model, got {settings.target!r}, which does not exist. "
+            "`flowcut engine` and `make engine` write engine directories."
+        )
     return _open_checkpoint(settings, progress)
 
 
@@ -203,7 +208,8 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
 def _schedules(settings: EvalSettings, backend: str, vision: VisionConfig) -> list[Schedule]:
     tokens = token_count(settings.tokens, vision.patches)
     name = settings.schedule or default_schedule(settings.selector, backend)
-    several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if settings.selector == RANDOM else [settings.selector]
+    seeded = settings.selector == RANDOM and tokens < vision.patches
+    several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if seeded else [settings.selector]
     return [make_schedule(name, vision, tokens, one) for one in several]
 
 

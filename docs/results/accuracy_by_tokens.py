@@ -179,13 +179,14 @@ def page(head: Mapping[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]) 
         "eager PyTorch in fp32 but those that say otherwise.",
         "",
         "Percent of right answers, with 95% intervals: over all questions from 2000 bootstrap draws of scenes, of one "
-        f"kind Wilson's. random is the mean of {SEEDS} seeds, each of which is one choice of patches for all pictures; its "
-        "intervals are over scenes, given these seeds.",
+        f"kind Wilson's. random is the mean of {SEEDS} seeds, each of which is one choice of patches for all pictures; "
+        "its intervals are over scenes, given these seeds.",
         "",
         "What to keep in mind: `cls`, `random` and `grid` choose after the whole tower, whose last layers have already "
-        "spread what a thing is over its patches; FlowCut and its parts choose on the way, and make the tower cheaper. The "
-        "decoder was trained on pictures shortened to 64, 28 or 12 patches with the middle of every thing among them, never "
-        "to 8, and never by one of these selectors. `larger` and `relation` are choices of two: half is chance.",
+        "spread what a thing is over its patches; FlowCut and its parts choose on the way, and make the tower cheaper. "
+        "The decoder was trained on pictures shortened to 64, 28 or 12 patches with the middle of every thing among them, "
+        "never to 8, and never by one of these selectors. `larger` and `relation` are choices of two: half is "
+        "chance.",
         "",
         "![Accuracy against patches kept, a line per selector](accuracy_by_tokens.svg)",
         "",

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flowcut.arguments import Parser
 from flowcut.errors import FlowCutError
 
 
@@ -28,6 +29,9 @@ def main() -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    if work.exists() and not work.is_dir():
+        print(f"flowcut.tiny: work must be a directory, got the file {work}. Name another.", file=sys.stderr)
+        return 1
     started = time.monotonic()
     try:
         from flowcut.tiny.stages import train
@@ -50,7 +54,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m flowcut.tiny",
         description="Train llava-tiny from nothing: draw its scenes, teach its tower, then projector and decoder. "
         "Stops and goes on wherever it is interrupted: everything is in --work.",
