@@ -184,8 +184,8 @@ def page(head: Mapping[str, Any], rows: Mapping[str, Sequence[dict[str, Any]]]) 
         "",
         "What to keep in mind: `cls`, `random` and `grid` choose after the whole tower, whose last layers have already "
         "spread what a thing is over its patches; FlowCut and its parts choose on the way, and make the tower cheaper. "
-        "The decoder was trained on pictures shortened to 64, 28 or 12 patches with the middle of every thing among them, "
-        "never to 8, and never by one of these selectors. `larger` and `relation` are choices of two: half is "
+        "The decoder was trained on pictures shortened to 64, 28 or 12 patches with the middle of every thing among "
+        "them, never to 8, and never by one of these selectors. `larger` and `relation` are choices of two: half is "
         "chance.",
         "",
         "![Accuracy against patches kept, a line per selector](accuracy_by_tokens.svg)",
