@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> WriteCheckpoint:
         return written(preset, *overrides, seed, dtype)
 
     return write
+
+
+def pytest_configure() -> None:
+    """Shells ignore SIGINT in what they run in the background, and the processes that tests interrupt inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
