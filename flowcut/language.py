@@ -59,26 +59,33 @@ class Step:
     @staticmethod
     def at(position_ids: Tensor, config: TextConfig, dtype: torch.dtype) -> Step:
         """The step for tokens at these positions; angles in float32 whatever the model's dtype."""
-        device, size = position_ids.device, config.head_size
-        exponent = torch.arange(0, size, 2, dtype=torch.int64, device=device).float() / size
-        frequencies = 1.0 / config.rope_theta**exponent
-        angles = position_ids[:, None, :, None].float() * frequencies  # [B, 1, S, d/2]
-        angles = torch.cat([angles, angles], -1)
-        rows = torch.arange(int(position_ids.max()) + 1, device=device)
-        return Step(
-            position_ids, angles.cos().to(dtype), angles.sin().to(dtype), rows <= position_ids[:, None, :, None]
-        )
+        cos, sin = rotary(position_ids[:, None], config)
+        rows = torch.arange(int(position_ids.max()) + 1, device=position_ids.device)
+        return Step(position_ids, cos.to(dtype), sin.to(dtype), rows <= position_ids[:, None, :, None])
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding of [B, H, S, d]."""
-        first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+        return rotate(x, self.cos, self.sin)
 
     def store(self, cache: Tensor, x: Tensor) -> Tensor:
         """Write x [B, H, S, d] to its rows of the cache [B, H, rows, d]; returns the R rows in use."""
         batch = torch.arange(len(x), device=x.device)[:, None]
         cache[batch, :, self.position_ids] = x.transpose(1, 2)
         return cache[:, :, : self.mask.shape[-1]]
+
+
+def rotary(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
+    """Float32 cosines and sines [..., d] of the rotary embedding at positions [...]."""
+    exponent = torch.arange(0, config.head_size, 2, device=positions.device).float() / config.head_size
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponent)  # [..., d/2]
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [..., S, d], its halves paired."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class LanguageModel(nn.Module):

@@ -128,7 +128,10 @@ class EncoderLayer(nn.Module):
         return q, k, v
 
     def forward(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.finish(hidden, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """All that follows the attention [B, H, N+1, d], on the hidden state [B, N+1, hidden] that went into it."""
         hidden = hidden + self.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
         x = self.mlp["fc1"](self.layer_norm2(hidden))
         out: Tensor = hidden + self.mlp["fc2"](x * torch.sigmoid(1.702 * x))  # quick_gelu

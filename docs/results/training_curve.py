@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from flowcut.tiny.stages import history
+
 HERE = Path(__file__).parent
 SHOWN = {
     "tower": {
@@ -30,13 +32,7 @@ SHOWN = {
 def main() -> None:
     store = HERE / "training_curve.json"
     if len(sys.argv) > 1:
-        work = Path(sys.argv[1])
-        curves = {
-            name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-            for name in SHOWN
-        }
-        data = {"recipe": json.loads((work / "recipe.json").read_text(encoding="utf-8")), **curves}
-        store.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        store.write_text(json.dumps(history(Path(sys.argv[1]))) + "\n", encoding="utf-8")
     draw(json.loads(store.read_text(encoding="utf-8")), HERE / "training_curve.svg")
 
 

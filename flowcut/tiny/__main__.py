@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowcut.arguments import Parser
+from flowcut.deps import require
 from flowcut.errors import FlowCutError
 
 
@@ -34,15 +35,12 @@ def main() -> int:
         return 1
     started = time.monotonic()
     try:
+        for library in ("torch", "safetensors"):
+            require(library, extra="torch")
         from flowcut.tiny.stages import train
 
         with Progress(*columns, console=Console(stderr=True)) as progress:
             history = train(arguments.scale, work, out, progress, fast)
-    except ImportError as error:
-        print(
-            f"flowcut.tiny: {error.name} must be installed to train. pip install 'flowcut-trt[torch]'", file=sys.stderr
-        )
-        return 1
     except (FlowCutError, OSError) as error:
         print(f"flowcut.tiny: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flowcut.config import LlavaConfig
-from flowcut.language import DecoderLayer, LanguageModel
+from flowcut.language import DecoderLayer, LanguageModel, rotary, rotate
 from flowcut.tiny.drawing import Labels
 from flowcut.vision import Projector
 
@@ -48,7 +48,7 @@ class Student(nn.Module):
         seen = self.multi_modal_projector(features)
         told = language.model.embed_tokens(before).expand(len(seen), -1, -1)
         prefix, own = torch.cat([told.to(seen.dtype), seen], 1), language.model.embed_tokens(ids).to(seen.dtype)
-        angles = _angles(prefix.shape[1] + own.shape[2], self.config.head_size, self.config.rope_theta)
+        angles = rotary(torch.arange(prefix.shape[1] + own.shape[2]), self.config)
         for layer in language.model.layers:
             assert isinstance(layer, DecoderLayer)
             prefix, own = _through(layer, prefix, own, angles)
@@ -95,12 +95,7 @@ def _project(layer: DecoderLayer, x: Tensor, angles: tuple[Tensor, Tensor], star
         for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     cos, sin = (a[start : start + size].to(q.dtype) for a in angles)
-    return _rotate(q, cos, sin) * attention.head_size**-0.5, _rotate(k, cos, sin), v
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return rotate(q, cos, sin) * attention.head_size**-0.5, rotate(k, cos, sin), v
 
 
 def _rest(layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
@@ -108,13 +103,6 @@ def _rest(layer: DecoderLayer, x: Tensor, attended: Tensor) -> Tensor:
     x = x + layer.self_attn.o_proj(attended.transpose(-2, -3).flatten(-2))
     out: Tensor = x + layer.mlp(layer.post_attention_layernorm(x))
     return out
-
-
-def _angles(length: int, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    frequencies = 1.0 / theta ** (torch.arange(0, size, 2).float() / size)
-    angles = torch.arange(length).float()[:, None] * frequencies
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
 
 
 def _initialise(student: Student) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress
 from safetensors.torch import save
 from tokenizers import Tokenizer
@@ -27,9 +27,8 @@ from flowcut.tiny.decoder_lesson import MakeDecoderLesson
 from flowcut.tiny.drawing import draw
 from flowcut.tiny.scenes import Split
 from flowcut.tiny.tower_lesson import VALIDATION, MakeTowerLesson
-from flowcut.tiny.training import Plan, fit, load
+from flowcut.tiny.training import Plan, fit, load, read_curve
 
-LOG = logging.getLogger("flowcut.tiny")
 Scale = Literal["full", "smoke"]
 
 
@@ -67,18 +66,18 @@ def train(scale: Scale, work: Path, out: Path, progress: Progress, fast: bool = 
     config = LlavaConfig.from_file(model / "config.json")
     settings = ImageSettings.from_directory(model, config.vision.image_size)
     scenes = work / "scenes"
-    draw(scenes, "train", recipe.scenes, progress)
-    draw(scenes, "val", VALIDATION, progress)
+    pictures = {"train": draw(scenes, "train", recipe.scenes, progress)[0]}
+    pictures["val"], _ = draw(scenes, "val", VALIDATION, progress)
     teach = MakeTowerLesson(config.vision, settings, scenes, recipe.scenes, fast)
     fit("tower", teach, recipe.tower, work, progress)
     trained = _tower(config, work)
     parts: tuple[tuple[Split, int, bool], ...] = (("train", recipe.asked, False), ("val", VALIDATION, True))
     for split, count, exact in parts:
-        _features(trained, settings, work, split, count, exact, progress)
+        _features(trained, settings, work, split, pictures[split][:count], exact, progress)
         _questions(model / "tokenizer.json", work, split, count, progress)
     fit("decoder", MakeDecoderLesson(config, work, recipe.scenes), recipe.decoder, work, progress)
     _publish(config, trained, work, out)
-    return _history(work)
+    return history(work)
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
@@ -100,13 +99,18 @@ def _tower(config: LlavaConfig, work: Path) -> tower.Tower:
 
 @torch.no_grad()
 def _features(
-    trained: tower.Tower, settings: ImageSettings, work: Path, split: Split, count: int, exact: bool, progress: Progress
+    trained: tower.Tower,
+    settings: ImageSettings,
+    work: Path,
+    split: Split,
+    pictures: NDArray[np.uint8],
+    exact: bool,
+    progress: Progress,
 ) -> None:
-    """Hidden state -2 of every patch, [count, N, hidden] float16. What is only trained on may be bfloat16's."""
-    path = work / f"features-{split}.npy"
+    """Hidden state -2 of every patch, [pictures, N, hidden] float16. What is only trained on may be bfloat16's."""
+    path, count = work / f"features-{split}.npy", len(pictures)
     if path.exists():
         return
-    pictures, _ = draw(work / "scenes", split, _drawn(work, split), progress)
     mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
     shape = (count, trained.config.patches, trained.config.hidden_size)
     partial = path.with_suffix(".partial")
@@ -120,11 +124,6 @@ def _features(
         progress.advance(task, stop - start)
     features.flush()
     partial.replace(path)
-
-
-def _drawn(work: Path, split: Split) -> int:
-    scenes: int = json.loads((work / "recipe.json").read_text(encoding="utf-8"))["scenes"]
-    return VALIDATION if split == "val" else scenes
 
 
 def _questions(tokenizer: Path, work: Path, split: Split, count: int, progress: Progress) -> None:
@@ -150,10 +149,7 @@ def _publish(config: LlavaConfig, trained: tower.Tower, work: Path, out: Path) -
     write_file(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
 
 
-def _history(work: Path) -> dict[str, object]:
-    """What was done, how long it took, and both curves."""
-    curves = {
-        name: [json.loads(line) for line in (work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for name in ("tower", "decoder")
-    }
+def history(work: Path) -> dict[str, object]:
+    """What `train` did in `work`: its recipe, and the curve of each stage, which says how long it took."""
+    curves = {name: read_curve(name, work) for name in ("tower", "decoder")}
     return {"recipe": json.loads((work / "recipe.json").read_text(encoding="utf-8")), **curves}

@@ -58,11 +58,7 @@ class Tower(nn.Module):
 
 def _through(layer: EncoderLayer, hidden: Tensor) -> Tensor:
     q, k, v = layer.project(hidden)
-    attended = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-    hidden = hidden + layer.self_attn["out_proj"](attended.transpose(1, 2).flatten(2))
-    x = layer.mlp["fc1"](layer.layer_norm2(hidden))
-    out: Tensor = hidden + layer.mlp["fc2"](x * torch.sigmoid(1.702 * x))
-    return out
+    return layer.finish(hidden, ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v)
 
 
 def _initialise(module: nn.Module) -> None:

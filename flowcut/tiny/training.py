@@ -107,6 +107,11 @@ def load(name: str, module: nn.Module, directory: Path) -> None:
     module.load_state_dict(torch.load(directory / f"{name}.pt", weights_only=True)["module"])
 
 
+def read_curve(name: str, directory: Path) -> list[dict[str, float]]:
+    """The lines of the curve that `fit` wrote: step, loss, seconds, and in some of them accuracies."""
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _show(progress: Progress, task: TaskID, reports: Any, name: str) -> None:
     while not reports.empty():
         step, loss = reports.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,12 @@ from flowcut.tensors import expected_tensors
 from flowcut.tiny import decoder
 from flowcut.tiny.asking import Asking, ask
 from flowcut.tiny.decoder import LENGTHS, Student, shown_patches
-from flowcut.tiny.drawing import PATCHES, Labels, labels
-from flowcut.tiny.scenes import make_scene
+from flowcut.tiny.drawing import PATCHES, Labels
+from flowcut.tiny.scenes import Scene, make_scene
 
 SCENES, QUESTIONS = 2, 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def config(tiny_files: Path) -> LlavaConfig:
-    return LlavaConfig.from_file(tiny_files / "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +45,8 @@ def asking(tiny_files: Path) -> Asking:
 
 
 @pytest.fixture(scope="module")
-def many() -> Labels:
-    parts = [labels(make_scene("train", number)) for number in range(200)]
-    return Labels(*(np.stack([getattr(p, name) for p in parts]) for name in Labels.__dataclass_fields__))
+def many(stack_labels: Callable[[Iterable[Scene]], Labels]) -> Labels:
+    return stack_labels(make_scene("train", number) for number in range(200))
 
 
 def alone(student: Student, features: torch.Tensor, before: np.ndarray, own: list[int]) -> torch.Tensor:

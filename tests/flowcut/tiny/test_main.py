@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +17,14 @@ import torch
 
 from flowcut.aliases import resolve
 from flowcut.tensors import expected_tensors
+from flowcut.tiny.__main__ import main
 
 LIMIT_SECONDS = 1800  # it takes a minute or two where nothing else runs
 STAGES = ("tower", "decoder")
 
 
 class Run(NamedTuple):
-    """A process that ended."""
+    """What ended."""
 
     code: int
     out: str
@@ -34,13 +37,25 @@ class Trained(NamedTuple):
     work: Path
     checkpoint: Path
     history: dict[str, Any]
-    log: str
+
+
+def arguments(work: Path, checkpoint: Path) -> list[str]:
+    return ["--scale", "smoke", "--work", str(work), "--out", str(checkpoint)]
 
 
 def run(work: Path, checkpoint: Path) -> Run:
-    command = [sys.executable, "-m", "flowcut.tiny", "--scale", "smoke", "--work", str(work), "--out", str(checkpoint)]
+    command = [sys.executable, "-m", "flowcut.tiny", *arguments(work, checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
     return Run(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(work: Path, checkpoint: Path) -> Run:
+    """The same in this process, which coverage sees, and the workers that it starts."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["flowcut.tiny", *arguments(work, checkpoint)])
+        code = main()
+    return Run(code, out.getvalue(), err.getvalue())
 
 
 def history(done: Run) -> dict[str, Any]:
@@ -55,16 +70,15 @@ def digests(*directories: Path) -> dict[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Trained:
     directory = tmp_path_factory.mktemp("smoke")
-    done = run(directory / "work", directory / "llava-smoke")
+    done = run_here(directory / "work", directory / "llava-smoke")
     assert done.code == 0, done.err
-    return Trained(directory / "work", directory / "llava-smoke", history(done), done.err)
+    return Trained(directory / "work", directory / "llava-smoke", history(done))
 
 
 def test_losses_fall_in_both_stages(trained: Trained) -> None:
     assert trained.history["checkpoint"] == str(trained.checkpoint)
-    assert "Traceback" not in trained.log
     for stage in STAGES:
         curve = trained.history[stage]
         assert curve[-1]["step"] == trained.history["recipe"][stage]["steps"]
@@ -112,6 +126,7 @@ def test_running_it_again_changes_nothing(trained: Trained) -> None:
     times = [p.stat().st_mtime_ns for p in kept]
     again = run(trained.work, trained.checkpoint)
     assert again.code == 0, again.err
+    assert "Traceback" not in again.err
     assert digests(trained.work, trained.checkpoint) == before
     assert [p.stat().st_mtime_ns for p in kept] == times
     assert {**history(again), "seconds": 0} == {**trained.history, "seconds": 0}
@@ -121,7 +136,7 @@ def test_work_of_another_recipe_is_refused_and_left_alone(trained: Trained, tmp_
     recipe = json.loads((trained.work / "recipe.json").read_text(encoding="utf-8"))
     other = json.dumps({**recipe, "scenes": 7}, indent=1) + "\n"
     (tmp_path / "recipe.json").write_text(other, encoding="utf-8")
-    done = run(tmp_path, tmp_path / "out")
+    done = run_here(tmp_path, tmp_path / "out")
     assert (done.code, done.out) == (1, "")
     lines = done.err.strip().splitlines()
     assert lines == [
@@ -133,7 +148,29 @@ def test_work_of_another_recipe_is_refused_and_left_alone(trained: Trained, tmp_
 
 def test_work_that_cannot_be_a_folder_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file", encoding="utf-8")
-    done = run(tmp_path / "taken", tmp_path / "out")
+    done = run_here(tmp_path / "taken", tmp_path / "out")
     assert (done.code, done.out) == (1, "")
     assert len(done.err.strip().splitlines()) == 1
     assert str(tmp_path / "taken") in done.err
+
+
+@pytest.mark.parametrize("library", ["torch", "safetensors"])
+def test_without_a_library_it_says_what_to_install(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    done = run_here(tmp_path / "work", tmp_path / "out")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"flowcut.tiny: {library} is not installed.")
+    assert done.err.count("\n") == 1
+    assert ".[torch]" in done.err
+
+
+def test_an_interruption_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flowcut.tiny.stages.train", interrupted)
+    done = run_here(tmp_path / "work", tmp_path / "out")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.strip() == "flowcut.tiny: interrupted. The same command goes on from here."

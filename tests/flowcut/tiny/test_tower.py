@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flowcut.preprocess import ImageSettings, pixel_values
 from flowcut.schedule import Schedule
 from flowcut.tensors import expected_tensors
 from flowcut.tiny import tower
-from flowcut.tiny.drawing import GRID, GROUND, PATCH, PATCHES, UNCLEAR, Labels, labels
+from flowcut.tiny.drawing import GRID, GROUND, PATCH, PATCHES, UNCLEAR, Labels
 from flowcut.tiny.scenes import COLOURS, GLYPHS, LARGEST, SHAPES, SIZE, Scene, make_scene, render
 from flowcut.tiny.tower import Teacher, Tower
 from flowcut.vision import VisionModel
@@ -25,11 +27,6 @@ SCENES = 6
 PREFIX = "vision_tower.vision_model."
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def config(tiny_files: Path) -> LlavaConfig:
-    return LlavaConfig.from_file(tiny_files / "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +40,8 @@ def scenes() -> list[Scene]:
 
 
 @pytest.fixture(scope="module")
-def told(scenes: list[Scene]) -> Labels:
-    parts = [labels(scene) for scene in scenes]
-    return Labels(*(np.stack([getattr(p, name) for p in parts]) for name in Labels.__dataclass_fields__))
+def told(scenes: list[Scene], stack_labels: Callable[[Iterable[Scene]], Labels]) -> Labels:
+    return stack_labels(scenes)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +77,7 @@ def states(model: Tower, patches: torch.Tensor) -> list[torch.Tensor]:
 
 def transformers_tower(model: Tower) -> Any:
     transformers = pytest.importorskip("transformers")
-    c = model.config
-    config = transformers.CLIPVisionConfig(
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        image_size=c.image_size,
-        patch_size=c.patch_size,
-        layer_norm_eps=c.layer_norm_eps,
-        attn_implementation="eager",
-    )
+    config = transformers.CLIPVisionConfig(**asdict(model.config), attn_implementation="eager")
     theirs = transformers.CLIPVisionModel(config)
     inner = getattr(theirs, "vision_model", theirs)  # transformers 4 has one module more
     inner.load_state_dict(model.state_dict())
