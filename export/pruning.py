@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
-from export.flow_score import DOMAIN, flow_score_function, op_name
+from export.flow_score import Form, Source, flow_score, flow_score_function
 from flowcut.config import VisionConfig
 from flowcut.schedule import Schedule, layers_left
 from flowcut.selector import selector
@@ -29,6 +29,7 @@ class PruningSteps:
         self._running: ir.Value | None = None
         self._numbers: ir.Value | None = None
         self._masked = schedule.kind == "masked"
+        self._form = Form(self._masked, self._selector.semantic, self._selector.strength)
         self._valid_count: ir.Value | int = schedule.patches
         self._key_valid: ir.Value | None = None  # while None, every row is valid
         self._mask: list[ir.Value] = []
@@ -59,7 +60,7 @@ class PruningSteps:
         """Bodies of the custom nodes that were emitted."""
         if self._schedule.kind == "off" or self._selector.constant is not None:
             return []
-        return [flow_score_function(self._masked, self._selector.semantic, self._selector.strength)]
+        return [flow_score_function(self._form)]
 
     def kept(self) -> ir.Value:
         """Original numbers of the patches that are left, [images, T]."""
@@ -82,30 +83,23 @@ class PruningSteps:
             self._running = self._per_image(by.constant(self._schedule.patches, self._schedule.tokens), "float32")
             return None
         cls = b.const([0], "int64")
-        inputs = [
-            b.op("Gather", q, cls, axis=2),
-            b.op("Gather", v, cls, axis=2),
-            k,
-            v,
-            self._rows(1, self._patches + 1),
-        ]
-        running = self._running if by.history else None  # not 0 times it: it may hold -inf
-        inputs.append(b.const([[0.0]], "float32") if running is None else running)
-        attributes = {
-            "logit_scale": float(self._vision.head_size**-0.5),
-            "semantic_scale": 1.0,
-            "history": 0.0 if running is None else by.history,
-        }
-        name = op_name(self._masked, by.semantic, by.strength)
-        if not self._masked:
-            self._running = b.op(name, *inputs, domain=DOMAIN, **attributes)
-            return None
-        if self._key_valid is None:
-            inputs.append(self._per_image(np.ones((1, 1, self._patches + 1)), "bool"))
-        else:
-            inputs.append(self._key_valid)
-        self._running, entropy_ratio = b.ops(name, *inputs, domain=DOMAIN, outputs=2, **attributes)
+        q_row, v_row = (b.op("Gather", x, cls, axis=2) for x in (q, v))
+        self._running, entropy_ratio = flow_score(
+            b,
+            self._form,
+            Source(q_row, v_row, k, v, keys=self._patches + 1),
+            logit_scale=self._vision.head_size**-0.5,
+            running=self._running if by.history else None,  # not 0 times it: it may hold -inf
+            history=by.history,
+            key_valid=self._valid_keys() if self._masked else None,
+        )
         return entropy_ratio
+
+    def _valid_keys(self) -> ir.Value:
+        """[images, 1, 1, N+1] bool: all, before the first pruning point."""
+        if self._key_valid is not None:
+            return self._key_valid
+        return self._per_image(np.ones((1, 1, self._patches + 1)), "bool")
 
     def _prune(self, layer: int, entropy_ratio: ir.Value | None, hidden: ir.Value) -> ir.Value:
         keep = self._schedule.counts[self._points.index(layer)]

@@ -64,6 +64,38 @@ def flow_score(q: Array, k: Array, v: Array, selector: str = "flowcut") -> Score
     return Score(score.astype(np.float64), _entropy_ratio(rel), float(largest))
 
 
+def key_scores(
+    q: Array,
+    v_source: Array,
+    k: Array,
+    v: Array,
+    logit_scale: float,
+    semantic_scale: float = 1.0,
+    source_in_keys: int = 1,
+    valid: Array | None = None,
+    selector: str = "flowcut",
+) -> Score:
+    """Score of one image's keys, the source left out if it is the first of them; 0 and ratio 1 where none is valid.
+
+    q [H * G, d], of which query head i belongs to key head i // G, v_source [H, d], k and v [H, S, d], valid [S].
+    """
+    heads, keys, _ = k.shape
+    rows = np.arange(keys) if valid is None else np.flatnonzero(valid)
+    score, scored = np.zeros(keys - source_in_keys), rows[rows >= source_in_keys] - source_in_keys
+    if len(scored) == 0:
+        return Score(score, 1.0, 0.0)
+    q, v_source, k, v = (x.astype(np.longdouble) for x in (q, v_source, k[:, rows], v[:, rows]))
+    attention = np.stack([k[i * heads // len(q)] @ q[i] for i in range(len(q))]) * np.longdouble(logit_scale)
+    similarity = np.stack([v[h] @ v_source[h] for h in range(heads)]) * np.longdouble(semantic_scale)
+    absent = -np.inf * np.ones((1, 1 - source_in_keys))  # a source that is not there has no share
+    rel, sem = (_normalised(np.hstack([absent.repeat(len(x), 0), x])) for x in (attention, similarity))
+    strength = np.abs(v.mean(0)[source_in_keys:]).sum(-1)
+    parts = {"no-semantic": rel * strength, "no-strength": rel + sem, "cls": rel}
+    score[scored] = parts.get(selector, (rel + sem) * strength)
+    largest = max(np.abs(attention).max(), np.abs(similarity).max())
+    return Score(score, _entropy_ratio(rel), float(largest))
+
+
 def _normalised(logits: Array) -> Array:
     """Mean over heads of the softmax of logits [H, N+1], CLS dropped, divided by its sum: in logarithms throughout."""
     log_share = (logits - _log_sum_exp(logits, 1))[:, 1:]
