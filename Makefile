@@ -61,6 +61,8 @@ comma       := ,
 stamp        = $(VENV)/.installed-$(subst $(comma),-,$(1))
 ENGINE      := $(call stamp,$(or $(EXTRAS_$(BACKEND)),$(EXTRAS_ort)))
 DEV         := $(call stamp,dev)
+# Types of TensorRT's Python interface, for a test. Not an extra: the package would pull another TensorRT in.
+TYPES       := tensorrt-stubs==10.13.0.35.1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -124,10 +126,11 @@ $(VENV)/.installed-%: pyproject.toml | $(VENV)/.made
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(subst -,$(comma),$*)]' || { \
 	  echo "pip must be able to install .[$(subst -,$(comma),$*)], got the error above. TensorRT's library (BACKEND=trt)" \
 	    "comes from pypi.nvidia.com; BACKEND=rtx and BACKEND=ort need only the package index." >&2; exit 1; }
+	@$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TYPES))
 	@touch $@
 
 clean:
-	rm -rf build .coverage .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf build .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find flowcut export engines calib tests -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

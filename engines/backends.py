@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, cast
 
 from flowcut.deps import require
-from flowcut.errors import EngineError
+from flowcut.errors import EngineError, FlowCutError
 
 Backend = Literal["rtx", "trt", "ort"]
 CHOICES = ("auto", "rtx", "trt", "ort")
@@ -21,7 +20,7 @@ def resolve_backend(name: str) -> Backend:
     if name not in CHOICES:
         raise EngineError(f"backend must be one of {', '.join(CHOICES)}, got {name!r}.")
     if name == "auto":
-        return "trt" if gpu_present() and _loads(MODULES["trt"]) else "rtx"
+        return "trt" if gpu_present() and _loads("trt") else "rtx"
     return cast(Backend, name)
 
 
@@ -34,13 +33,20 @@ def trt_module(backend: str) -> ModuleType:
     if backend not in MODULES:
         raise EngineError(f"backend must be one of {', '.join(MODULES)} to use TensorRT, got {backend!r}.")
     try:
-        return require(MODULES[backend], extra=backend)
+        module = require(MODULES[backend], extra=backend)
     except (ImportError, OSError) as error:
         # The bindings wheel of full TensorRT installs from PyPI without the libraries it links to.
         raise EngineError(
             f"{MODULES[backend]} is installed but does not load: {error}. "
             "Install its libraries from NVIDIA's package index, or use BACKEND=rtx or BACKEND=ort."
         ) from None
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        # A directory without __init__.py imports as an empty package: tensorrt-stubs leaves one, named tensorrt.
+        raise EngineError(
+            f"{MODULES[backend]} must be NVIDIA's library, got a directory without code, {', '.join(module.__path__)}. "
+            f"In the checkout: pip install -e '.[{backend}]'"
+        )
+    return module
 
 
 def check_build(backend: Backend, compute_capabilities: Sequence[str]) -> None:
@@ -85,13 +91,18 @@ def built_for(backend: Backend, compute_capabilities: Sequence[str]) -> tuple[st
 
 def _gpu_capability() -> str:
     """The first GPU's compute capability, "unknown" where the driver does not tell."""
+    return f"sm{sm}" if (sm := gpu_sm()) is not None else "unknown"
+
+
+def gpu_sm() -> int | None:
+    """The first GPU's compute capability without the dot, 90 for 9.0; None where the driver does not tell."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "unknown"
+        return None
     major, minor = ctypes.c_int(0), ctypes.c_int(0)
     codes = [cuda.cuInit(0), *(cuda.cuDeviceGetAttribute(ctypes.byref(x), n, 0) for x, n in ((major, 75), (minor, 76)))]
-    return f"sm{major.value}{minor.value}" if not any(codes) else "unknown"
+    return None if any(codes) else 10 * major.value + minor.value
 
 
 def gpu_present() -> bool:
@@ -104,9 +115,9 @@ def gpu_present() -> bool:
     return cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def _loads(module: str) -> bool:
+def _loads(backend: str) -> bool:
     try:
-        importlib.import_module(module)
-    except (ImportError, OSError):
+        trt_module(backend)
+    except FlowCutError:
         return False
     return True

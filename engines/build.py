@@ -53,18 +53,20 @@ def build_engine(
     backend: Backend,
     compute_capabilities: Sequence[str] = (),
     progress: Progress | None = None,
+    plugin: bool = True,
 ) -> BuildReport:
     """Compile `onnx_path` for `backend` ("rtx" or "trt") into `engine_path`.
 
     compute_capabilities: "sm80", "sm86", ..; rtx only. Empty means TensorRT-RTX's default, Ampere and later.
     progress: where to draw the phases (`engines.progress.terminal_progress`); without one they are logged.
+    plugin: trt only. False keeps FlowScore in standard operators, to compare with.
 
     Raises:
         EngineError: graph, target, library, GPU or disk; `engine_path` is then removed, as on Ctrl-C.
     """
     check_build(backend, compute_capabilities)
     level = LOG.getEffectiveLevel()
-    request = BuildRequest(onnx_path, engine_path, contract, backend, tuple(compute_capabilities), level)
+    request = BuildRequest(onnx_path, engine_path, contract, backend, tuple(compute_capabilities), level, plugin)
     phases = Phases(contract.name, progress)
     try:
         return _compile_in_child(request, phases)

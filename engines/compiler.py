@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from engines.backends import target_capabilities, trt_module
+from engines.flow_score.nodes import plugin_model, plugin_variants
+from engines.flow_score.plugin import NAMESPACE, check_plugin, plugin_errors, register_plugin
 from engines.listeners import BuildLog, Channel, Notify, make_logger, make_monitor, make_writer
 from engines.profiles import add_profile
 from flowcut.contract import GraphContract
@@ -25,7 +27,12 @@ from flowcut.errors import EngineError
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to compile, for which GPUs. `log_level` is the least level of TensorRT's messages worth forwarding."""
+    """What to compile, for which GPUs.
+
+    Attributes:
+        log_level: the least level of TensorRT's messages worth forwarding.
+        plugin: for backend "trt", whether FlowScore is a plugin or the standard operators of its function.
+    """
 
     onnx_path: Path
     engine_path: Path
@@ -33,6 +40,7 @@ class BuildRequest:
     backend: str
     compute_capabilities: tuple[str, ...] = ()
     log_level: int = 0
+    plugin: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class _Session:
     """TensorRT objects of one build. The logger and the weights must outlive the rest."""
 
     trt: Any
+    plugins: bool
     log: BuildLog
     logger: Any
     builder: Any
@@ -68,7 +77,7 @@ def compile_engine(request: BuildRequest, notify: Notify) -> BuildReport:
     """
     begin = time.perf_counter()
     notify = Channel(notify)
-    session = _open(trt_module(request.backend), notify, request.log_level)
+    session = _open(request, notify)
     weight_bytes = _parse(session, request.onnx_path)
     config = _configure(session, request, notify)
     engine_bytes = _write(session, config, request)
@@ -83,13 +92,21 @@ def compile_engine(request: BuildRequest, notify: Notify) -> BuildReport:
     )
 
 
-def _open(trt: Any, notify: Notify, log_level: int) -> _Session:
-    log = BuildLog()
-    logger = make_logger(trt, log, notify, log_level)
+def _open(request: BuildRequest, notify: Notify) -> _Session:
+    trt, log = trt_module(request.backend), BuildLog()
+    plugins = request.plugin and request.backend == "trt"
+    logger = make_logger(trt, log, notify, request.log_level)
     builder = trt.Builder(logger)
+    network = builder.create_network(_network_flags(trt.NetworkDefinitionCreationFlag, plugins))
+    return _Session(trt, plugins, log, logger, builder, network, trt.OnnxParser(network, logger), {})
+
+
+def _network_flags(known: Any, plugins: bool) -> int:
     # Precision is what the ONNX file says: the default since TensorRT 11, a flag before.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    return _Session(trt, log, logger, builder, network, trt.OnnxParser(network, logger), {})
+    flags = 1 << int(known.STRONGLY_TYPED)
+    if plugins and hasattr(known, "PREFER_AOT_PYTHON_PLUGINS"):
+        flags |= 1 << int(known.PREFER_AOT_PYTHON_PLUGINS)
+    return flags
 
 
 def _parse(session: _Session, path: Path) -> int:
@@ -99,12 +116,23 @@ def _parse(session: _Session, path: Path) -> int:
         model = onnx.load(path, load_external_data=False)
     except (OSError, require("google.protobuf.message", extra="export").DecodeError) as error:
         raise EngineError(f"{path} must be an ONNX file, got: {error}.") from None
+    if session.plugins:
+        model = _with_plugins(session.trt, model, path)
     if not session.parser.load_model_proto(model.SerializeToString()):
         raise _refused(session, path, "read")
     total = sum(_feed(session, path, tensor, onnx.TensorProto.EXTERNAL) for tensor in model.graph.initializer)
     if not session.parser.parse_model_proto():
         raise _refused(session, path, "parsed")
     return total
+
+
+def _with_plugins(trt: Any, model: Any, path: Path) -> Any:
+    """The graph with FlowScore's plugins, which TensorRT then knows. A graph without that op stays as it is."""
+    if all(node.domain != NAMESPACE for node in model.graph.node):
+        return model
+    check_plugin(trt, plugin_variants(model))
+    register_plugin(trt)
+    return plugin_model(model, path.parent)
 
 
 def _feed(session: _Session, path: Path, tensor: Any, external: int) -> int:
@@ -144,7 +172,12 @@ def _refused(session: _Session, path: Path, verb: str) -> EngineError:
         f"[{Path(e.file()).name}:{e.line()}]"
         for e in errors
     )
-    return EngineError(f"{path} could not be {verb} by TensorRT: {text or session.log.reasons()}.")
+    return EngineError(f"{path} could not be {verb} by TensorRT: {_reasons(session, text)}.")
+
+
+def _reasons(session: _Session, said: str = "") -> str:
+    """What the plugins raised, which TensorRT does not repeat, then its own words."""
+    return "; ".join([*(error.rstrip(".") for error in plugin_errors()), said or session.log.reasons()])
 
 
 def _configure(session: _Session, request: BuildRequest, notify: Notify) -> Any:
@@ -184,7 +217,7 @@ def _write(session: _Session, config: Any, request: BuildRequest) -> int:
     if writer.failure is not None:
         raise EngineError(f"could not write {path}: {writer.failure.strerror}.")
     if not built or not writer.written:
-        raise EngineError(f"{request.onnx_path} could not be built by TensorRT: {log.reasons()}.")
+        raise EngineError(f"{request.onnx_path} could not be built by TensorRT: {_reasons(session)}.")
     return int(writer.written)
 
 

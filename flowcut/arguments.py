@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   flowcut run build/llava-tiny-16-fp16-rtx --image cat.jpg --question "What is this?"
   flowcut prune llava-tiny --image cat.jpg --tokens 16 --overlay kept.png
   flowcut eval llava-tiny --tokens 16 --selector cls
+  flowcut plugin --target 86 90
 
 The last line on stdout is one JSON object; `flowcut COMMAND --help` names its keys.
 Exit codes: 0 done, 1 something to mend (stderr says what), 2 wrong syntax."""
@@ -37,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flowcut.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_engine, _add_export, _add_prune, _add_run, _add_eval, _add_verify, _add_inspect):
+    adders = (_add_engine, _add_export, _add_prune, _add_run, _add_eval, _add_verify, _add_inspect, _add_plugin)
+    for add in adders:
         add(commands)
     return parser
 
@@ -286,8 +288,47 @@ def _add_inspect(commands: Any) -> None:
     _add_directory(parser)
 
 
+def _add_plugin(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plugin",
+        "tell about TensorRT's kernels for the scoring step, and verify them",
+        "TensorRT runs the scoring step as a plugin, whose compiled kernels (PTX) it embeds in the engine. Registers, "
+        "shared memory and spills are those of the kernels for each GPU; bytes are those of a scoring step. Then the "
+        "kernels are compared with a reference: on the GPU where there is one, else in Triton's interpreter. Exit code "
+        "1 if they differ or nothing can run them. PTX is shipped for head sizes 32, 64 and 128; other PTX is compiled "
+        "when an engine needs it, or now with --precompile, which takes triton but no GPU.",
+        "targets, verified, verified_by, checks, bytes and ok",
+    )
+    add = parser.add_argument
+    add(
+        "--target",
+        nargs="+",
+        type=_compute_capability,
+        metavar="SM",
+        help="GPUs by compute capability, such as 86 or sm86: 80, 86, 89, 90, 100, 120; one in between runs the PTX of "
+        "the next lower (default: all)",
+    )
+    add(
+        "--head-size",
+        nargs="+",
+        type=int,
+        metavar="D",
+        help="multiples of 8 from 32 to 128 (default: 32 64 128, those shipped)",
+    )
+    add("--precision", nargs="+", metavar="TYPE", help="of K and V: fp16, bf16, fp32 (default: all)")
+    add("--precompile", action="store_true", help="compile what is neither shipped nor cached, for later builds")
+
+
 def _add_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="ENGINE_DIR", help="what `flowcut engine` wrote")
+
+
+def _compute_capability(text: str) -> int:
+    try:
+        return int(text.removeprefix("sm").removeprefix("_"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a compute capability such as 86 or sm86, got {text!r}") from None
 
 
 def _tokens(text: str) -> int | str:

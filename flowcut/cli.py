@@ -222,6 +222,21 @@ def _inspect(arguments: argparse.Namespace) -> Result:
     return result
 
 
+def _plugin(arguments: argparse.Namespace) -> Result:
+    from engines.flow_score.report import PluginSettings, plugin, print_report
+    from engines.progress import terminal_progress
+
+    chosen = {"targets": arguments.target, "head_sizes": arguments.head_size, "precisions": arguments.precision}
+    given = {name: tuple(values) for name, values in chosen.items() if values is not None}
+    settings = PluginSettings(**given, precompile=arguments.precompile)
+    with terminal_progress() as progress:
+        result = plugin(settings, progress)
+    print_report(_console(), result)
+    if not result.verified:
+        _complain(result.complaint)
+    return result.to_dict()
+
+
 def _console() -> Console:
     """Plain text: file names and answers may hold what rich takes for markup."""
     from rich.console import Console
@@ -237,4 +252,5 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "eval": _eval,
     "verify": _verify,
     "inspect": _inspect,
+    "plugin": _plugin,
 }

@@ -27,6 +27,7 @@ MAY_NEED = {name: {"torch", "triton"} for name in TORCH_CODE}
 ONNX_CODE = {f"export.{name}" for name in ("builder", "flow_score", "language", "pruning", "vision")}
 MAY_NEED |= {name: {"onnx", "onnx_ir", "ml_dtypes"} for name in ONNX_CODE}
 MAY_NEED |= {"engines.reference": {"torch", "triton", "polygraphy"}}
+MAY_NEED |= {"engines.flow_score.kernel": {"triton"}}
 MAY_NEED |= {"flowcut.tiny.stages": {"torch", "triton", "safetensors"}}
 OPTIONAL = (
     *("torch", "transformers", "triton", "safetensors", "ml_dtypes", "huggingface_hub"),

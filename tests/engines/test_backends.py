@@ -43,6 +43,23 @@ def test_auto_with_a_gpu_and_a_working_tensorrt_is_trt(tmp_path: Path, monkeypat
     monkeypatch.delitem(sys.modules, "tensorrt")
 
 
+@pytest.mark.parametrize("name", ["trt", "auto"])
+def test_a_directory_without_code_is_not_taken_for_tensorrt(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt").mkdir()  # what tensorrt-stubs installs, and what any folder of that name is
+    (tmp_path / "tensorrt" / "__init__.pyi").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # a real one elsewhere would be found first
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setattr(backends, "gpu_present", lambda: True)
+    if name == "auto":
+        assert backends.resolve_backend(name) == "rtx"
+    else:
+        with pytest.raises(EngineError, match=r"tensorrt must be NVIDIA's library, got a directory .*pip install"):
+            backends.trt_module(name)
+    monkeypatch.delitem(sys.modules, "tensorrt")
+
+
 @pytest.mark.usefixtures("broken_tensorrt")
 def test_a_library_that_does_not_load_says_why() -> None:
     with pytest.raises(EngineError, match=r"tensorrt is installed but does not load: libnvinfer\.so\.11"):
@@ -68,6 +85,7 @@ def test_gpu_presence_is_answered_without_a_driver(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(backends.ctypes, "CDLL", missing)
     assert backends.gpu_present() is False
+    assert backends.gpu_sm() is None
 
 
 def test_manifest_names_what_engines_were_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +94,7 @@ def test_manifest_names_what_engines_were_built_for(monkeypatch: pytest.MonkeyPa
     assert backends.built_for("ort", ()) == ()
     monkeypatch.setattr(backends.ctypes, "CDLL", lambda _: FakeDriver())
     assert backends.built_for("trt", ()) == ("sm90",)
+    assert backends.gpu_sm() == 90
 
 
 class FakeDriver:

@@ -1,11 +1,15 @@
 """ONNX file -> engine file with TensorRT-RTX, on small graphs made here; no GPU."""
 
+import ctypes
 import logging
 import signal
 import subprocess
 import sys
 import time
+from enum import IntEnum
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +19,16 @@ from rich.progress import Progress
 
 from engines.backends import gpu_present
 from engines.build import build_engine, check_precision
-from flowcut.contract import GraphContract, Range, TensorSpec
+from engines.compiler import BuildRequest, compile_engine
+from engines.flow_score.launch import COMBINE, LOGITS, Variant
+from export.builder import save as save_model
+from export.vision import vision_model
+from flowcut.checkpoint import random_weights
+from flowcut.config import LlavaConfig, TextConfig, VisionConfig
+from flowcut.contract import GraphContract, Limits, Range, TensorSpec, vision_contract
 from flowcut.deps import available
 from flowcut.errors import EngineError
+from flowcut.schedule import Schedule
 
 needs_rtx = pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
 
@@ -255,7 +266,10 @@ def test_a_compiler_that_dies_is_an_error(
 
 
 @pytest.mark.skipif(gpu_present(), reason="needs a machine without a GPU")
-def test_full_tensorrt_without_a_gpu_names_the_other_backends(paths: tuple[Path, Path]) -> None:
+def test_full_tensorrt_without_a_gpu_names_the_other_backends(
+    paths: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.backends.trt_module", lambda backend: SimpleNamespace())  # is it installed or not
     with pytest.raises(EngineError, match=r"GPU.*BACKEND=rtx.*BACKEND=ort"):
         build_engine(*paths, GraphContract("g", (), ()), "trt")
 
@@ -267,3 +281,123 @@ def test_only_rtx_refuses_fp32() -> None:
         check_precision("trt", "fp32")
     check_precision("rtx", "fp16")
     check_precision("ort", "fp32")
+
+
+class FakeTensorRT:
+    """As much of the module as a build needs up to its parser, which takes everything and then fails."""
+
+    __name__, __version__ = "tensorrt", "11.4.0"
+    Flag = IntEnum("Flag", {"STRONGLY_TYPED": 1, "PREFER_JIT_PYTHON_PLUGINS": 2, "PREFER_AOT_PYTHON_PLUGINS": 3})
+
+    class ILogger:
+        Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.NetworkDefinitionCreationFlag: Any = self.Flag
+        self.events: list[Any] = []
+        self.flags, self.model, self.weights, self.plugin_errors = 0, onnx.ModelProto(), {}, ["FlowScoreLogits: so."]
+        self.num_errors = 0
+        monkeypatch.setattr("engines.compiler.trt_module", lambda backend: self)
+        for name in ("check_plugin", "register_plugin"):
+            monkeypatch.setattr(
+                f"engines.compiler.{name}", lambda *given, name=name: self.events.append((name, *given))
+            )
+        monkeypatch.setattr("engines.compiler.plugin_errors", lambda: self.plugin_errors)
+
+    def Builder(self, logger: Any) -> Any:
+        def create_network(flags: int) -> None:
+            self.flags = flags
+
+        return SimpleNamespace(create_network=create_network)
+
+    def OnnxParser(self, network: None, logger: Any) -> Any:
+        return self
+
+    def load_model_proto(self, content: bytes) -> bool:
+        self.content = content
+        self.model.ParseFromString(content)
+        self.events.append("load")
+        return True
+
+    def load_initializer(self, name: str, pointer: int, size: int) -> bool:
+        self.weights[name] = ctypes.string_at(pointer, size)
+        return True
+
+    def parse_model_proto(self) -> bool:
+        return False
+
+    def compile(self, path: Path, contract: GraphContract, backend: str, plugin: bool = True) -> str:
+        """Returns the error."""
+        request = BuildRequest(path, path.with_suffix(".engine"), contract, backend, plugin=plugin)
+        with pytest.raises(EngineError) as error:
+            compile_engine(request, lambda *event: None)
+        return str(error.value)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    return FakeTensorRT(monkeypatch)
+
+
+def pruned_graph(path: Path, heads: int = 2) -> GraphContract:
+    """Four layers of 16 patches, three of them scored."""
+    config = LlavaConfig(VisionConfig(64, 128, 5, heads, 28, 7), TextConfig(16, 32, 1, 2, 2, 512), image_token_id=448)
+    contract = vision_contract(config, 4, "fp16", Limits())
+    save_model(vision_model(random_weights(config), contract, Schedule("static", 16, 4, (9, 4)), "fp16", {}), path)
+    return contract
+
+
+def test_full_tensorrt_is_given_plugins_and_every_weight(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    message = fake.compile(paths[0], pruned_graph(paths[0]), "trt")
+    assert message.endswith("graph.onnx could not be parsed by TensorRT: FlowScoreLogits: so; no reason was logged.")
+    variants = {Variant(LOGITS, "fp16", 32), Variant(COMBINE)}
+    assert fake.events == [("check_plugin", fake, variants), ("register_plugin", fake), "load"]
+    assert fake.flags == 1 << 1 | 1 << 3
+    assert not fake.model.functions
+    nodes = [node for node in fake.model.graph.node if node.domain]
+    assert {(node.domain, node.op_type) for node in nodes} == {
+        ("flowcut", "FlowScoreLogits"),
+        ("flowcut", "FlowScoreCombine"),
+    }
+    for node in nodes:
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        assert (given["plugin_namespace"], given["plugin_version"], given["aot"]) == (b"flowcut", b"1", 1)
+    whole = onnx.load(paths[0])
+    values = {t.name: numpy_helper.to_array(t).tobytes() for t in whole.graph.initializer}
+    outside = {t.name for t in fake.model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    assert len(outside) > 20
+    assert fake.weights == {name: values[name] for name in outside}
+
+
+def test_tensorrt_rtx_is_given_the_file_as_it_is(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    fake.plugin_errors.clear()
+    message = fake.compile(paths[0], pruned_graph(paths[0]), "rtx")
+    assert message.endswith("graph.onnx could not be parsed by TensorRT: no reason was logged.")
+    assert (fake.events, fake.flags) == (["load"], 1 << 1)
+    assert fake.content == onnx.load(paths[0], load_external_data=False).SerializeToString()
+    assert [function.name for function in fake.model.functions] == ["FlowScore"]
+    assert "FlowScore" in {node.op_type for node in fake.model.graph.node}
+
+
+def test_full_tensorrt_without_plugins_is_given_the_file_as_it_is(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    fake.compile(paths[0], pruned_graph(paths[0]), "trt", plugin=False)
+    assert (fake.events, fake.flags) == (["load"], 1 << 1)
+    assert fake.content == onnx.load(paths[0], load_external_data=False).SerializeToString()
+
+
+def test_a_graph_without_scoring_needs_no_plugin(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    fake.compile(paths[0], dense_graph(paths[0]), "trt")
+    assert fake.events == ["load"]
+    assert fake.content == onnx.load(paths[0], load_external_data=False).SerializeToString()
+
+
+def test_a_tensorrt_without_the_flag_is_not_asked_for_it(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    fake.NetworkDefinitionCreationFlag = IntEnum("Flag", {"STRONGLY_TYPED": 1})
+    fake.compile(paths[0], pruned_graph(paths[0]), "trt")
+    assert fake.flags == 1 << 1
+
+
+def test_what_the_plugins_cannot_compute_never_reaches_tensorrt(fake: FakeTensorRT, paths: tuple[Path, Path]) -> None:
+    message = fake.compile(paths[0], pruned_graph(paths[0], heads=4), "trt")
+    assert "head_size must be a multiple of 8 from 32 to 128" in message
+    assert fake.events == []
