@@ -39,7 +39,7 @@ KEYS, TOKENS = CLIP.vision.patches + 1, 64
 BATCHES = (1, 8)
 MODEL, SCENES = "llava-tiny", 400
 BUDGETS = (8, 16, 32)  # of llava-tiny's 144 patches
-WARMUP, PAIRS, PROFILED, THREADS = 3, 15, 5, 2
+WARMUP, PAIRS, PROFILED, THREADS = 3, 60, 10, 2
 PATH = Path(__file__).with_suffix(".json")
 
 
