@@ -18,11 +18,18 @@ KeepRule = Callable[[int, int, float], int]
 
 
 class Score(NamedTuple):
-    """One layer's score [N], entropy ratio, and the greatest |logit|, which bounds what float32 can give."""
+    """One layer's score [N], entropy ratio, and the greatest |logit|, which bounds what float32 can give.
+
+    tolerance: relative error that float32 logits allow: `score_tolerance`; but where the terms of a logit cancel to
+        less than half of their sum, it is that sum that is rounded.
+    rounding [N]: absolute error that float32 allows besides where heads cancel in the mean value, else 0.
+    """
 
     score: Array
     entropy_ratio: float
     largest_logit: float
+    tolerance: float = 1e-5
+    rounding: Array | float = 0.0
 
 
 class Pruned(NamedTuple):
@@ -53,15 +60,7 @@ def score_tolerance(largest_logit: float) -> float:
 
 def flow_score(q: Array, k: Array, v: Array, selector: str = "flowcut") -> Score:
     """Score of patches 1..N of one image from q, k, v [H, N+1, d] (any dtype), as that selector has it."""
-    q, k, v = (x.astype(np.longdouble) for x in (q, k, v))
-    attention = np.einsum("hd,hjd->hj", q[:, 0], k) / np.sqrt(np.longdouble(q.shape[-1]))
-    similarity = np.einsum("hd,hjd->hj", v[:, 0], v)  # not scaled
-    rel, sem = _normalised(attention), _normalised(similarity)
-    strength = np.abs(v.mean(0)[1:]).sum(-1)
-    largest = max(np.abs(attention).max(), np.abs(similarity).max())
-    scores = {"no-semantic": rel * strength, "no-strength": rel + sem, "cls": rel}
-    score = scores.get(selector, (rel + sem) * strength)
-    return Score(score.astype(np.float64), _entropy_ratio(rel), float(largest))
+    return key_scores(q[:, 0], v[:, 0], k, v, 1 / np.sqrt(np.longdouble(q.shape[-1])), selector=selector)
 
 
 def key_scores(
@@ -85,15 +84,25 @@ def key_scores(
     if len(scored) == 0:
         return Score(score, 1.0, 0.0)
     q, v_source, k, v = (x.astype(np.longdouble) for x in (q, v_source, k[:, rows], v[:, rows]))
-    attention = np.stack([k[i * heads // len(q)] @ q[i] for i in range(len(q))]) * np.longdouble(logit_scale)
-    similarity = np.stack([v[h] @ v_source[h] for h in range(heads)]) * np.longdouble(semantic_scale)
+    of_query = np.arange(len(q)) * heads // len(q)
+    terms = [q[:, None] * k[of_query] * np.longdouble(logit_scale)]  # [H * G, S, d]
+    terms.append(v_source[:, None] * v * np.longdouble(semantic_scale))
     absent = -np.inf * np.ones((1, 1 - source_in_keys))  # a source that is not there has no share
-    rel, sem = (_normalised(np.hstack([absent.repeat(len(x), 0), x])) for x in (attention, similarity))
-    strength = np.abs(v.mean(0)[source_in_keys:]).sum(-1)
+    rel, sem = (_normalised(np.hstack([absent.repeat(len(x), 0), x.sum(-1)])) for x in terms)
+    values = v[:, source_in_keys:]
+    strength = np.abs(values.mean(0)).sum(-1)
     parts = {"no-semantic": rel * strength, "no-strength": rel + sem, "cls": rel}
     score[scored] = parts.get(selector, (rel + sem) * strength)
-    largest = max(np.abs(attention).max(), np.abs(similarity).max())
-    return Score(score, _entropy_ratio(rel), float(largest))
+    largest, summed = (float(max(x.max() for x in each)) for each in _sizes(terms))
+    rounding, uncancelled = np.zeros_like(score), np.abs(values).mean(0).sum(-1)
+    rounding[scored] = np.where(uncancelled > 16 * strength, 8 * 2.0**-24 * (rel + sem) * uncancelled, 0)
+    tolerance = max(score_tolerance(largest), score_tolerance(summed / 2))
+    return Score(score, _entropy_ratio(rel), largest, tolerance, rounding)
+
+
+def _sizes(terms: list[Array]) -> tuple[list[Array], list[Array]]:
+    """|logits|, and what they would be if their terms did not cancel."""
+    return [np.abs(x.sum(-1)) for x in terms], [np.abs(x).sum(-1) for x in terms]
 
 
 def _normalised(logits: Array) -> Array:

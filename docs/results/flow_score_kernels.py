@@ -21,7 +21,8 @@ HEADER = """# FlowScore's kernels: registers, shared memory, spills
 Written by `flow_score_kernels.py`, which compiles every kernel for every target; a test does so again and compares.
 Registers per thread and dynamic shared memory per block, in bytes, are those of Triton {triton} and the `ptxas` that
 comes with it; no GPU is needed. The PTX is version {ptx}: it loads with drivers R570 and later, on the target and
-on later GPUs. Two of the three kernels read the logits that the first leaves, in float32 always.
+on later GPUs. What is for sm_100 Triton compiled as for sm_120, since as for sm_100 it runs on no later GPU; ptxas
+assembled it for sm_100. Two of the three kernels read the logits that the first leaves, in float32 always.
 
 | kernel | type | head size | threads | {targets} | spills |
 |---|---|---:|---:|{columns}|---:|

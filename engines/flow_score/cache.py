@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from engines.flow_score.compile import OPTIONS, TARGETS, CompiledKernel, compile_kernel
+from engines.flow_score.compile import COMPILED_AS, FORMAT, OPTIONS, TARGETS, CompiledKernel, compile_kernel
 from engines.flow_score.launch import COMBINE, COMBINE_MASKED, DTYPES, INTEGERS, LOGITS, Variant
 from flowcut.atomic import write_file
 from flowcut.deps import available
@@ -127,11 +127,14 @@ def file_name(variant: Variant, sm: int) -> str:
 
 
 def key(variant: Variant, sm: int) -> str:
-    """Hash of what the PTX depends on: kernel.py, the variant's types and tiles, the target and compiler options."""
+    """Hash of kernel.py, the variant's types and tiles, the target, and how compile.py compiles.
+
+    Not of Triton's version: PTX that is shipped serves whatever is installed.
+    """
     settings = {
         **{"integers": INTEGERS[variant.kernel], "pointers": variant.pointers, "constants": variant.constants},
         **{"kernel": variant.kernel, "num_warps": variant.num_warps, "max_registers": variant.max_registers},
-        **{"sm": sm, "options": OPTIONS},
+        **{"sm": sm, "compiled_as": COMPILED_AS.get(sm, sm), "options": OPTIONS, "format": FORMAT},
     }
     return hashlib.sha256(_SOURCE.read_bytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -169,7 +172,10 @@ def _decoded(content: bytes, variant: Variant, sm: int) -> CompiledKernel:
     if said != f"// {hashlib.sha256(rest).hexdigest()}".encode():
         raise ValueError("its content does not match its hash")
     facts, _, ptx = rest.decode().partition("\n")
-    found = CompiledKernel.of(json.loads(facts.removeprefix("// ")), ptx)
+    try:
+        found = CompiledKernel.of(json.loads(facts.removeprefix("// ")), ptx)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"its facts are another version's, {error}") from None
     if (found.variant, found.sm) != (variant, sm):
         raise ValueError(f"it holds {found.variant.label} for sm_{found.sm}")
     return found

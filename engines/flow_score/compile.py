@@ -27,7 +27,9 @@ from flowcut.errors import EngineError
 TARGETS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities without the dot. PTX for one runs on it and on every later GPU."""
 # For sm_100 Triton takes maxima by redux.f32, an instruction of that very GPU. Else it compiles the same for sm_120.
-_COMPILED_AS = {100: 120}
+COMPILED_AS = {100: 120}
+FORMAT = 1
+"""To be raised when this file makes other PTX of the same kernel, so that what was kept before is not used."""
 # PTX 8.7 is the oldest that names all targets: drivers R570 and later take it. Fused multiply-add is Triton's default.
 OPTIONS = {"ptx_version": 87, "enable_fp_fusion": True}
 _FOREIGN = re.compile(r"TRITON_|NVPTX_|MLIR_|LLVM_|PTXAS_|DISABLE_PTXAS_|USE_IR_LOC")  # Triton's settings
@@ -193,7 +195,7 @@ def _compile_here(variant: Variant, sm: int) -> CompiledKernel:
 
     started = time.perf_counter()
     options = {**OPTIONS, "num_warps": variant.num_warps, "maxnreg": variant.max_registers}
-    compiled = triton.compile(_source(variant), target=GPUTarget("cuda", _COMPILED_AS.get(sm, sm), 32), options=options)
+    compiled = triton.compile(_source(variant), target=GPUTarget("cuda", COMPILED_AS.get(sm, sm), 32), options=options)
     facts = compiled.metadata
     if scratch := facts.global_scratch_size + facts.profile_scratch_size:
         raise EngineError(f"{variant.label} must need no scratch memory, got {scratch} bytes.")

@@ -19,6 +19,7 @@ DTYPES = ("fp16", "bf16", "fp32")
 HEAD_SIZES = range(32, 129, 8)
 LOGITS, COMBINE, COMBINE_MASKED = "flow_score_logits", "flow_score_combine", "flow_score_combine_masked"
 KEYS_PER_PROGRAM, SCORES_PER_PROGRAM = 4, 64
+_LARGEST = float.fromhex("0x1.fffffep+127")  # float32's
 # Arguments of each kernel, in order; integers are int32.
 INPUTS = {
     LOGITS: ("q", "v_source", "k", "v"),
@@ -142,9 +143,8 @@ def float_bits(x: float) -> int:
     """The int32 with the bits of float32 `x`. TensorRT passes integers to ahead-of-time kernels, not floats.
 
     Raises:
-        EngineError: x is negative, which no weight or scale here is and whose bits no dimension could hold.
+        EngineError: x is negative or beyond float32, which no weight or scale here is.
     """
-    bits = int(struct.unpack("<i", struct.pack("<f", x))[0])
-    if bits < 0 or x != x:
-        raise EngineError(f"scales and weights of FlowScore must be 0 or more, got {x}.")
-    return bits
+    if not 0 <= x <= _LARGEST:  # nor NaN
+        raise EngineError(f"scales and weights of FlowScore must be finite and 0 or more, got {x}.")
+    return int(struct.unpack("<i", struct.pack("<f", abs(x)))[0])  # -0.0 has a bit that no dimension could hold

@@ -128,7 +128,7 @@ def _steps(graph: onnx_ir.Graph) -> Iterator[_Step]:
 
 def _check(step: _Step) -> None:
     """The plugins go by source_in_keys and history where the function's body goes by rows and running."""
-    source_in_keys, history = step.attribute("source_in_keys"), step.attribute("history")
+    source_in_keys = step.attribute("source_in_keys")
     if source_in_keys not in (0, 1):
         raise step.error(f"source_in_keys must be 0 or 1, got {source_in_keys}.")
     rows = _constant(step.node.inputs[4])
@@ -136,9 +136,20 @@ def _check(step: _Step) -> None:
     if rows is None or rows.tolist() != list(range(source_in_keys, last + 1)):
         got = "no constant" if rows is None else f"{rows.size} numbers"
         raise step.error(f"rows must be all numbers from {source_in_keys} to {last} for TensorRT's plugin, got {got}.")
-    running = _dims(step.node.inputs[5])
-    if history > 0 and (len(running) != 2 or running[1] not in (rows.size, None)):
-        raise step.error(f"running must be [batch, {rows.size}] where history is {history}, got {running}.")
+    _check_broadcast(step, rows.size)
+
+
+def _check_broadcast(step: _Step, scored: int) -> None:
+    """A function's operators would broadcast running and key_valid; the kernels read a row of each for every image."""
+    batch = _dims(step.node.inputs[2])[0]
+    shapes = dict(zip(("running", "key_valid"), map(_dims, step.node.inputs[5:]), strict=False))
+    if (history := step.attribute("history")) == 0:
+        del shapes["running"]
+    elif len(shapes["running"]) != 2 or shapes["running"][1] not in (scored, None):
+        raise step.error(f"running must be [batch, {scored}] where history is {history}, got {shapes['running']}.")
+    for name, shape in shapes.items():
+        if shape and shape[0] == 1 != batch:
+            raise step.error(f"{name} must have a row for each of {batch or 'any number of'} images, got {shape}.")
 
 
 def _replace(step: _Step, graph: onnx_ir.Graph) -> None:

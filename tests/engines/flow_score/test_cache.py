@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import subprocess
@@ -174,6 +175,19 @@ def test_a_shipped_file_whose_hash_is_wrong_is_an_error(tmp_path: Path, monkeypa
         kernel(SHIPPED[0], 80)
 
 
+def test_a_cached_file_of_another_version_is_compiled_again(
+    place: Path, compiled: list[tuple[Variant, int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel(RARE, 80)
+    path = place / file_name(RARE, 80)
+    _, _, content = path.read_bytes().partition(b"\n")
+    content = content.replace(b'"threads"', b'"warps"')
+    path.write_bytes(f"// {hashlib.sha256(content).hexdigest()}\n".encode() + content)
+    assert kernel(RARE, 80) == fake(RARE, 80)
+    assert len(compiled) == 2
+    assert "is not used: its facts are another version's" in caplog.text
+
+
 def test_a_cache_that_cannot_be_written_costs_time_only(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -193,9 +207,10 @@ def test_the_key_is_of_all_that_the_ptx_depends_on(tmp_path: Path, monkeypatch: 
     keys = {cache.key(variant, sm) for variant in variants for sm in TARGETS}
     assert len(keys) == len(variants) * len(TARGETS)
     before = cache.key(Variant(COMBINE), 80)
-    monkeypatch.setattr(cache, "OPTIONS", {**cache.OPTIONS, "enable_fp_fusion": False})
-    assert cache.key(Variant(COMBINE), 80) != before
-    monkeypatch.undo()
+    for name, value in {"OPTIONS": {}, "COMPILED_AS": {80: 86}, "FORMAT": 0}.items():
+        monkeypatch.setattr(cache, name, value)
+        assert cache.key(Variant(COMBINE), 80) != before, name
+        monkeypatch.undo()
     assert cache.key(Variant(COMBINE), 80) == before
     for name, value in {"num_warps": 2, "max_registers": 96, "constants": {"BLOCK_S": 32}, "pointers": {}}.items():
         with monkeypatch.context() as patch:

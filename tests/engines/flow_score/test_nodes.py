@@ -427,6 +427,18 @@ def test_a_running_score_that_would_be_broadcast_is_refused(tmp_path: Path) -> N
     assert len(scored(plugin_model(changed(model, history=0.0), tmp_path))) == 2
 
 
+@pytest.mark.parametrize("name", ["running", "key_valid"])
+def test_one_row_for_all_images_is_refused(name: str, tmp_path: Path) -> None:
+    """ONNX Runtime would broadcast it; the kernel would read past its end."""
+    model = one_node(Form(masked=True), history=0.5)
+    next(v for v in model.graph.input if v.name == name).type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(EngineError, match=rf"{name} must have a row for each of any number of images, got \[1, "):
+        plugin_model(model, tmp_path)
+    for value in model.graph.input:  # one image is all there is
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    plugin_model(model, tmp_path)
+
+
 @pytest.mark.parametrize("size", [None, 10], ids=["missing", "truncated"])
 def test_constants_that_are_not_there_are_refused(size: int | None, weights: Weights, tmp_path: Path) -> None:
     model = export(weights, tmp_path / "vision.onnx", "static")
