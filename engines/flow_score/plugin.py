@@ -80,7 +80,8 @@ def register_plugin(trt: Any) -> None:
     """Put the plugins into TensorRT's registry, where its ONNX parser finds them. Once per process is enough.
 
     Raises:
-        as check_plugin; or EngineError: `tensorrt.plugin` does not load, or the registry refuses.
+        as check_plugin; or EngineError: `tensorrt.plugin` does not load, the registry refuses, or an earlier attempt
+        in this process broke off in the middle.
     """
     check_plugin(trt)
     try:
@@ -107,19 +108,29 @@ class _Plugin:
     kernel: str
 
     def register(self) -> None:
-        trtp, name = self.trtp, NAMES[self.kernel]
-        if hasattr(trtp.op, NAMESPACE) and hasattr(getattr(trtp.op, NAMESPACE), name):
-            return
-        op, desc = f"{NAMESPACE}::{name}", trtp.TensorDesc
+        """Define the plugin unless that is done.
+
+        Raises:
+            EngineError: an earlier attempt broke off in the middle, or the registry refuses.
+        """
+        op = f"{NAMESPACE}::{NAMES[self.kernel]}"
+        known = getattr(getattr(self.trtp.op, NAMESPACE, None), NAMES[self.kernel], None)
+        if known is None:
+            self._define(op)
+        elif known.aot_impl_func is None:  # what _define sets last; NVIDIA's code takes no name twice
+            raise EngineError(f"{op} must be registered as a whole, got a part of it. Start a fresh process.")
+        if self.trt.get_plugin_registry().get_creator(NAMES[self.kernel], VERSION, NAMESPACE) is None:
+            raise EngineError(f"{op} must be taken into the registry of TensorRT {self.trt.__version__}, it was not.")
+
+    def _define(self, op: str) -> None:
+        trtp, desc = self.trtp, self.trtp.TensorDesc
         outputs, running = (GenericAlias(tuple, (kind,) * self._outputs) for kind in (desc, trtp.Tensor))
         combinations = GenericAlias(list, (trtp.AutoTuneCombination,))
         kernel = GenericAlias(tuple, (str, str, trtp.KernelLaunchParams, trtp.SymIntExprs))
         trtp.register(op)(self._callback(self.describe, desc, {}, outputs))
         trtp.autotune(op)(self._callback(self.autotune, desc, {"outputs": outputs}, combinations))
-        trtp.aot_impl(op)(self._callback(self.embed, desc, {"outputs": outputs, "tactic": int}, kernel))
         trtp.impl(op)(self._callback(self.enqueue, trtp.Tensor, {"outputs": running, "stream": int}, None))
-        if self.trt.get_plugin_registry().get_creator(name, VERSION, NAMESPACE) is None:
-            raise EngineError(f"{op} must be taken into the registry of TensorRT {self.trt.__version__}, it was not.")
+        trtp.aot_impl(op)(self._callback(self.embed, desc, {"outputs": outputs, "tactic": int}, kernel))
 
     def describe(self, given: Arguments) -> tuple[Any, ...]:
         """The outputs' shapes and types. Dimensions may be stand-ins that have no value."""
@@ -249,7 +260,8 @@ def _number(tensor: Any, axis: int) -> int:
 
 
 def _check_layout(name: str, tensor: Any) -> None:
-    """What ahead of time TensorRT sees to and PTX relies on.
+    """What PTX relies on. That TensorRT sees to it where the engine holds the kernel is an assumption, not yet seen on
+    a GPU.
 
     Raises:
         EngineError: gaps between elements, or an address that wide loads cannot take.

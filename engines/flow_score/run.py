@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.cuda_device import cuda_core
+from engines.cuda_device import cuda_core, no_gpu
 from engines.flow_score.interpreter import Interpreter
 from engines.flow_score.launch import (
     COMBINE,
@@ -22,7 +23,7 @@ from engines.flow_score.launch import (
     Variant,
 )
 from flowcut.deps import require
-from flowcut.errors import EngineError
+from flowcut.errors import EngineError, FlowCutError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,6 +171,10 @@ def ptx_launch(stream: int = 0, device: int | None = None) -> Launch:
     Args:
         stream: CUDA's handle; 0 is the default stream, torch's too. The TensorRT plugin passes the one it is given.
         device: CUDA's number of the GPU; without one, the GPU that is current in this thread.
+
+    Raises, when launched:
+        FlowCutError: cuda.core is not installed.
+        EngineError: no GPU, no PTX for it, tensors elsewhere, or CUDA refuses to load or launch the kernel.
     """
 
     def launch(
@@ -180,14 +185,39 @@ def ptx_launch(stream: int = 0, device: int | None = None) -> Launch:
         outputs: Sequence[Any],
     ) -> None:
         cuda = cuda_core("trt")
-        gpu = cuda.Device() if device is None else cuda.Device(device)
-        gpu.set_current()
-        kernel, block, shared_bytes = _load(variant, gpu.device_id)
-        config = cuda.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+        gpu = _current(cuda, device)
         arguments = [*map(_address, inputs), *map(np.int32, integers), *map(_address, outputs)]
-        cuda.launch(cuda.Stream.from_handle(stream), config, kernel, *arguments)
+        with _cuda_errors(variant, gpu):
+            kernel, block, shared_bytes = _load(variant, gpu.device_id)
+            config = cuda.LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes)
+            cuda.launch(cuda.Stream.from_handle(stream), config, kernel, *arguments)
 
     return launch
+
+
+def _current(cuda: Any, number: int | None) -> Any:
+    """The GPU of that number, made current, or the one that is."""
+    try:
+        gpu = cuda.Device() if number is None else cuda.Device(number)
+        gpu.set_current()
+    except Exception as error:  # of the driver's loader or of CUDA, by what is missing
+        raise no_gpu("trt") from error
+    return gpu
+
+
+@contextmanager
+def _cuda_errors(variant: Variant, gpu: Any) -> Iterator[None]:
+    """What CUDA refuses, as an EngineError. cuda.core has exceptions of its own, with no base but Exception."""
+    try:
+        yield
+    except FlowCutError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise EngineError(
+            f"{variant.label} must load and launch on {gpu.name}, got: {said}. FlowScore's PTX needs NVIDIA's driver "
+            "R570 or newer."
+        ) from error
 
 
 @functools.cache

@@ -56,7 +56,7 @@ def never(*arguments: Any) -> None:
         ({"history": 0.5}, r"running must be \[2, 8\] float32 where history is 0.5, got None"),
         ({"history": 1.5}, "history must be from 0 to 1, got 1.5"),
         ({"history": float("nan")}, "history must be from 0 to 1, got nan"),
-        ({"logit_scale": -1.0}, "scales and weights of FlowScore must be 0 or more, got -1.0"),
+        ({"logit_scale": -1.0}, "scales and weights of FlowScore must be finite and 0 or more, got -1.0"),
         ({"running": torch.zeros(2, 9)}, r"running must be \[2, 8\] float32 on cpu, got \[2, 9\]"),
         ({"running": torch.zeros(2, 8, dtype=HALF)}, r"running must be \[2, 8\] float32 on cpu, got \[2, 8\] float16"),
         ({"key_valid": torch.ones(2, 9)}, r"key_valid must be \[2, 9\] bool on cpu, got \[2, 9\] float32"),
@@ -189,12 +189,19 @@ class FakeCuda(ModuleType):
         self.current = 1
         self.loaded: list[tuple[bytes, str]] = []
         self.launched: list[tuple[Any, ...]] = []
+        self.failing: dict[str, Exception] = {}
         fake = self
+
+        def fail(where: str) -> None:
+            if where in fake.failing:
+                raise fake.failing[where]
 
         class Device:
             compute_capability = (8, 6)
+            name = "A10"
 
             def __init__(self, number: int | None = None) -> None:
+                fail("Device")
                 self.device_id = fake.current if number is None else number
 
             def set_current(self) -> None:
@@ -204,9 +211,15 @@ class FakeCuda(ModuleType):
             assert isinstance(module, bytes), "a str is the name of a file"
             fake.loaded.append((module, name))
             device = fake.current
-            return SimpleNamespace(get_kernel=lambda entry: (device, entry))
+
+            def get_kernel(entry: str) -> Any:
+                fail("get_kernel")  # cuda.core loads a module when it is first asked for a kernel
+                return device, entry
+
+            return SimpleNamespace(get_kernel=get_kernel)
 
         def launch(stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
+            fail("launch")
             fake.launched.append((stream, vars(config), kernel, arguments))
 
         self.Device, self.launch = Device, launch
@@ -251,6 +264,40 @@ def test_tensors_are_passed_by_address_and_must_be_on_the_gpu(cuda: FakeCuda) ->
     assert cuda.launched[0][3] == (99, 4)
     with pytest.raises(EngineError, match="must be on a GPU to be scored there, got cpu"):
         run.score(run.ptx_launch(), **arguments())
+
+
+class CudaError(Exception):
+    """cuda.core's, which is no RuntimeError."""
+
+
+@pytest.mark.parametrize("where", ["get_kernel", "launch"])
+def test_what_cuda_refuses_names_kernel_gpu_reason_and_driver(cuda: FakeCuda, where: str) -> None:
+    cuda.failing[where] = CudaError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION: the PTX was\n compiled by a newer one.")
+    with pytest.raises(EngineError) as raised:
+        run.ptx_launch()(Variant(LOGITS, "bf16", 64), (1, 1), [1, 2, 3, 4], [], [5, 6])
+    assert str(raised.value) == (
+        "flow_score_logits-bf16-64 must load and launch on A10, got: CUDA_ERROR_UNSUPPORTED_PTX_VERSION: the PTX was "
+        "compiled by a newer one. FlowScore's PTX needs NVIDIA's driver R570 or newer."
+    )
+    assert isinstance(raised.value.__cause__, CudaError)
+    cuda.failing.clear()
+    run.ptx_launch()(Variant(LOGITS, "bf16", 64), (1, 1), [1, 2, 3, 4], [], [5, 6])  # nothing of it stays
+    assert len(cuda.launched) == 1
+
+
+def test_what_this_project_refuses_is_not_put_down_to_cuda(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(variant: Variant, sm: int) -> Any:
+        raise EngineError("GPU must be sm_80 or newer.")
+
+    monkeypatch.setattr(cache, "kernel", no_kernel)
+    with pytest.raises(EngineError, match=r"^GPU must be sm_80 or newer\.$"):
+        run.ptx_launch()(Variant(COMBINE), (1, 1), [1, 2, 3], [], [4])
+
+
+def test_a_driver_that_does_not_start_is_no_gpu(cuda: FakeCuda) -> None:
+    cuda.failing["Device"] = RuntimeError("CUDA driver library not found")
+    with pytest.raises(EngineError, match="runs on a GPU, and no CUDA GPU is present"):
+        run.ptx_launch()(Variant(COMBINE), (1, 1), [1, 2, 3], [], [4])
 
 
 def test_without_cuda_core_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,11 @@ class Setup(NamedTuple):
 SETUPS = {
     "head-major": Setup(),
     "token-major": Setup(token_major=True),
-    "heads in two blocks": Setup("fp32", (1, 18, 9, 32)),
+    "heads and scores in several blocks": Setup("fp32", (1, 18, 134, 32)),
     "grouped": Setup(group=3, source_in_keys=0),
     "masked": Setup(masked=True),
+    "masked, bf16": Setup("bf16", (1, 17, 70, 32), masked=True),
+    "masked and grouped": Setup(shape=(1, 9, 65, 32), group=2, masked=True, source_in_keys=0),
     "source in v": Setup(shared=True),
 }
 Counts = dict[str, dict[str, Any]]
@@ -96,7 +98,7 @@ def count(counter: Counter, setup: Setup) -> dict[str, Counts]:
     import torch
 
     batch, heads, keys, size = setup.shape
-    dtype = {"fp16": torch.float16, "fp32": torch.float32}[setup.dtype]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[setup.dtype]
     random = partial(torch.randn, dtype=dtype)
     k, v = random(setup.shape), random(setup.shape)
     q, source = random(batch, heads, setup.group, size), random(batch, heads, 1, size)
@@ -162,6 +164,7 @@ def test_each_element_of_every_output_is_stored_once_and_no_input_is(
     for kernel, tensors in counted[name].items():
         for tensor, counts in tensors.items():
             assert set(counts["stores"]) == ({1} if tensor in launch.OUTPUTS[kernel] else {0}), tensor
+            assert tensor not in launch.OUTPUTS[kernel] or set(counts["loads"]) == {0}, tensor  # they hold anything
 
 
 def test_all_bytes_are_those_of_the_traffic_table(name: str, counted: dict[str, dict[str, Counts]]) -> None:
