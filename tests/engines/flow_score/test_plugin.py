@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,7 @@ SCALES = {"logit_scale": 0.125, "semantic_scale": 1.0}
 COMBINES = {"history": 0.5, "group": 1, "source_in_keys": 1, "semantic": 1, "strengthened": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A machine with an sm_86 GPU and an empty cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plugin, "gpu_sm", lambda: 86)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def trt(settings: None) -> Iterator[Any]:
-    """The module tensorrt, with FlowScore's plugins."""
-    with nvidia_plugin.tensorrt() as module:
-        plugin.register_plugin(module)
-        yield module
+pytestmark = pytest.mark.usefixtures("on_sm_86")
 
 
 def logits(

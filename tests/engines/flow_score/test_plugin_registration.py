@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from types import GenericAlias, SimpleNamespace
 from typing import Any
@@ -16,22 +16,7 @@ from engines.flow_score.launch import LOGITS, Variant
 from engines.flow_score.plugin import NAMES
 from flowcut.errors import EngineError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A machine with an sm_86 GPU and an empty cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plugin, "gpu_sm", lambda: 86)
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def trt(settings: None) -> Iterator[Any]:
-    """The module tensorrt, with FlowScore's plugins."""
-    with nvidia_plugin.tensorrt() as module:
-        plugin.register_plugin(module)
-        yield module
+pytestmark = pytest.mark.usefixtures("on_sm_86")
 
 
 def test_the_registry_knows_all_three(trt: Any) -> None:
