@@ -13,6 +13,8 @@ from flowcut.errors import EngineError, FlowCutError
 Backend = Literal["rtx", "trt", "ort"]
 CHOICES = ("auto", "rtx", "trt", "ort")
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
+INDEX = {"trt": " --extra-index-url https://pypi.nvidia.com"}
+"""Where a backend's library is, if PyPI has it not."""
 
 
 def resolve_backend(name: str) -> Backend:
@@ -44,7 +46,7 @@ def trt_module(backend: str) -> ModuleType:
         # A directory without __init__.py imports as an empty package: tensorrt-stubs leaves one, named tensorrt.
         raise EngineError(
             f"{MODULES[backend]} must be NVIDIA's library, got a directory without code, {', '.join(module.__path__)}. "
-            f"In the checkout: pip install -e '.[{backend}]'"
+            f"In the checkout: pip install -e '.[{backend}]'{INDEX.get(backend, '')}"
         )
     return module
 

@@ -295,9 +295,10 @@ def _add_plugin(commands: Any) -> None:
         "tell about TensorRT's kernels for the scoring step, and verify them",
         "TensorRT runs the scoring step as a plugin, whose compiled kernels (PTX) it embeds in the engine. Registers, "
         "shared memory and spills are those of the kernels for each GPU; bytes are those of a scoring step. Then the "
-        "kernels are compared with a reference: on the GPU where there is one, else in Triton's interpreter. Exit code "
-        "1 if they differ or nothing can run them. PTX is shipped for head sizes 32, 64 and 128; other PTX is compiled "
-        "when an engine needs it, or now with --precompile, which takes triton but no GPU.",
+        "kernels are compared with a reference, for every type and head size asked for: the PTX on the GPU where there "
+        "is one, else their source in Triton's interpreter. Exit code 1 if they differ or nothing can run them, not if "
+        "PTX is lacking. PTX is shipped for head sizes 32, 64 and 128; other PTX is compiled when an engine needs it, "
+        "or now with --precompile, which takes triton but no GPU.",
         "targets, verified, verified_by, checks, bytes and ok",
     )
     add = parser.add_argument
@@ -306,8 +307,8 @@ def _add_plugin(commands: Any) -> None:
         nargs="+",
         type=_compute_capability,
         metavar="SM",
-        help="GPUs by compute capability, such as 86 or sm86: 80, 86, 89, 90, 100, 120; one in between runs the PTX of "
-        "the next lower (default: all)",
+        help="GPUs by compute capability, such as 86, 8.6 or sm86: 80, 86, 89, 90, 100, 120; another, such as 87, runs "
+        "the PTX of the next lower, which is shown (default: all)",
     )
     add(
         "--head-size",
@@ -326,7 +327,7 @@ def _add_directory(parser: argparse.ArgumentParser) -> None:
 
 def _compute_capability(text: str) -> int:
     try:
-        return int(text.removeprefix("sm").removeprefix("_"))
+        return int(text.removeprefix("sm").removeprefix("_").replace(".", "", 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a compute capability such as 86 or sm86, got {text!r}") from None
 

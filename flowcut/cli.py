@@ -62,6 +62,8 @@ def _prepare_process(verbosity: int) -> None:
         stream=sys.stderr,
     )
     warnings.filterwarnings("ignore", message="Image size")  # Pillow's, before the error that says the same
+    if sys.stdout is None:  # closed by who started us
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal cannot show
     if threading.current_thread() is threading.main_thread():

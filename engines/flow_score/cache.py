@@ -24,7 +24,7 @@ from engines.flow_score.compile import COMPILED_AS, FORMAT, OPTIONS, TARGETS, Co
 from engines.flow_score.launch import COMBINE, COMBINE_MASKED, DTYPES, INTEGERS, LOGITS, Variant
 from flowcut.atomic import write_file
 from flowcut.deps import available
-from flowcut.errors import EngineError
+from flowcut.errors import EngineError, FlowCutError
 
 LOG = logging.getLogger("flowcut.engines")
 SHIPPED_HEAD_SIZES = (32, 64, 128)
@@ -67,7 +67,10 @@ def fetch(variant: Variant, sm: int) -> Found:
         )
     LOG.info("compiling %s for sm_%d", variant.label, target)
     compiled = compile_kernel(variant, target)
-    keep(compiled)
+    try:
+        keep(compiled)
+    except EngineError as error:
+        LOG.warning("%s is not kept: %s", compiled.variant.label, error)  # it would only have saved time
     return Found(compiled, "compiled")
 
 
@@ -83,7 +86,7 @@ def look_up(variant: Variant, sm: int) -> Found | None:
     path = user_cache() / file_name(variant, target)
     try:
         return Found(_decoded(path.read_bytes(), variant, target), "cached")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         LOG.warning("%s is not used: %s", path, error)
@@ -106,13 +109,19 @@ def target_for(sm: int) -> int:
 
 
 def keep(compiled: CompiledKernel) -> None:
-    """Put a kernel into the user's cache. Where that cannot be written, say so and carry on: it only saves time."""
+    """Put a kernel into the user's cache.
+
+    Raises:
+        EngineError: that cannot be written.
+    """
     path = user_cache() / file_name(compiled.variant, compiled.sm)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, encoded(compiled))
-    except (OSError, EngineError) as error:
-        LOG.warning("%s is not kept: %s", path, error)
+    except (OSError, FlowCutError) as error:
+        raise EngineError(
+            f"{path.parent} must be a directory to keep PTX in, got: {error}. XDG_CACHE_HOME names another."
+        ) from None
 
 
 def user_cache() -> Path:

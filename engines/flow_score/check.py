@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.flow_score.cache import SHIPPED_HEAD_SIZES
+from engines.flow_score.launch import LOGITS, Variant
 from engines.flow_score.run import Launch, score
 from flowcut.deps import available, require
 
@@ -71,16 +73,22 @@ CASES = (
 )
 
 
-def check_kernels(launch: Launch, device: str = "cpu") -> list[KernelCheck]:
+def check_kernels(launch: Launch, device: str = "cpu", variants: Iterable[Variant] = ()) -> list[KernelCheck]:
     """Every case on the device: the interpreter's is "cpu", compiled kernels need "cuda".
 
     Compiled ones are checked at the head sizes that are shipped, where there is no Triton to compile another.
+
+    Args:
+        variants: more types and head sizes to check, a case each where no other has them.
 
     Raises:
         FlowCutError: what `launch` needs is not there.
     """
     shipped_only = device != "cpu" and not available("triton")
-    cases = [case for case in CASES if case.head_size in SHIPPED_HEAD_SIZES or not shipped_only]
+    known = {(case.dtype, case.head_size) for case in CASES}
+    more = dict.fromkeys((v.dtype, v.head_size) for v in variants if v.kernel == LOGITS)
+    asked = [_Case(f"{dtype}, head size {size}", dtype, size) for dtype, size in more if (dtype, size) not in known]
+    cases = [case for case in (*CASES, *asked) if case.head_size in SHIPPED_HEAD_SIZES or not shipped_only]
     return [_check(launch, case, seed, device) for seed, case in enumerate(cases)]
 
 

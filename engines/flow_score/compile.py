@@ -134,7 +134,8 @@ class _Child:
     def _environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not _FOREIGN.match(name)}
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        triton = {"TRITON_HOME": self._scratch.name, "TRITON_DISABLE_LINE_INFO": "1"}  # lines would name our paths
+        # Triton's own files go where ours go; lines would name our paths.
+        triton = {"TRITON_HOME": self._scratch.name, "TMPDIR": self._scratch.name, "TRITON_DISABLE_LINE_INFO": "1"}
         return {**kept, **triton, "PYTHONPATH": path}
 
     def result(self) -> CompiledKernel:

@@ -66,11 +66,12 @@ def check_plugin(trt: Any, variants: Iterable[Variant] = ()) -> None:
     Raises:
         EngineError: TensorRT is older than 10.9 or is TensorRT-RTX, there is no GPU, or there is no PTX for it.
     """
-    version = tuple(int(part) for part in re.findall(r"\d+", trt.__version__)[:2])
+    known = getattr(trt, "__version__", "none")
+    version = tuple(int(part) for part in re.findall(r"\d+", known)[:2])
     if version < OLDEST or not hasattr(trt, "QuickPluginCreationRequest"):
         raise EngineError(
             f"FlowScore's plugin must have tensorrt {OLDEST[0]}.{OLDEST[1]} or newer, got {trt.__name__} "
-            f"{trt.__version__}. Upgrade it, or use BACKEND=rtx, which needs no plugin."
+            f"{known}. Install that, or use BACKEND=rtx, which needs no plugin."
         )
     for variant in (*variants, Variant(COMBINE), Variant(COMBINE_MASKED)):
         cache.kernel(variant, _sm())

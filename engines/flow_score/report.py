@@ -14,9 +14,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from engines.backends import gpu_sm
-from engines.flow_score.cache import SHIPPED_HEAD_SIZES, Found, keep, look_up, user_cache
-from engines.flow_score.check import KernelCheck, check_kernels
-from engines.flow_score.compile import TARGETS, check_target, compile_kernels
+from engines.flow_score.cache import SHIPPED_HEAD_SIZES, Found, keep, look_up, target_for, user_cache
+from engines.flow_score.check import LARGEST_BOUND, KernelCheck, check_kernels
+from engines.flow_score.compile import TARGETS, compile_kernels
 from engines.flow_score.launch import COMBINE, COMBINE_MASKED, DTYPES, LOGITS, Call, Variant
 from engines.flow_score.run import Launch, interpreter, ptx_launch
 from engines.flow_score.traffic import Traffic, traffic
@@ -30,7 +30,7 @@ class PluginSettings:
     """Which kernels to tell about. Raises EngineError where there are none such.
 
     Attributes:
-        targets: compute capabilities without the dot.
+        targets: compute capabilities without the dot; one that no PTX is for stands for the next lower.
         head_sizes, precisions: of the logits kernel; the others have one form.
         precompile: compile what is neither shipped nor cached.
     """
@@ -42,7 +42,7 @@ class PluginSettings:
 
     def __post_init__(self) -> None:
         for target in self.targets:
-            check_target(target)
+            target_for(target)
         self.variants()
 
     def variants(self) -> list[Variant]:
@@ -136,9 +136,11 @@ def plugin(settings: PluginSettings, progress: Progress) -> PluginReport:
 
     Raises:
         EngineError: what is shipped is damaged, or the compiler failed.
+        EngineError: what was compiled cannot be kept.
         FlowCutError: triton is not installed and something must be compiled.
     """
-    found = {(v, sm): look_up(v, sm) for sm in dict.fromkeys(settings.targets) for v in settings.variants()}
+    targets, variants = dict.fromkeys(map(target_for, settings.targets)), settings.variants()
+    found = {(v, sm): look_up(v, sm) for sm in targets for v in variants}
     if settings.precompile:
         lacking = [job for job, one in found.items() if one is None]
         kernels = compile_kernels(lacking) if lacking else iter(())
@@ -148,7 +150,7 @@ def plugin(settings: PluginSettings, progress: Progress) -> PluginReport:
     rows = [Row(sm, variant, one) for (variant, sm), one in found.items()]
     verified_by, launch, device = _launch()
     task = progress.add_task("verify", total=None)
-    checks = check_kernels(launch, device) if launch else []
+    checks = check_kernels(launch, device, variants) if launch else []
     progress.remove_task(task)
     return PluginReport(rows, list(_steps(settings.precisions)), checks, verified_by)
 
@@ -219,7 +221,8 @@ def _print_checks(console: Console, report: PluginReport) -> None:
     table = _table(["case"], ["type", "B x H x S x d", "error", "allowed", ""])
     for check in report.checks:
         numbers = [check.dtype, " x ".join(map(str, check.shape)), f"{check.relative_error:.1e}"]
-        table.add_row(check.name, *numbers, f"{check.allowed_error:.1e}", "ok" if check.ok else "WRONG")
+        allowed = f"{check.allowed_error:.1e}" if check.allowed_error <= LARGEST_BOUND else "finite"
+        table.add_row(check.name, *numbers, allowed, "ok" if check.ok else "WRONG")
     console.print(table)
 
 

@@ -365,3 +365,9 @@ def test_answer_survives_a_terminal_without_unicode(directory: Path) -> None:
     assert "O\\xf9?" in done.stdout
     assert re.search(r"^ {9}[.#]{12}$", done.stdout, re.MULTILINE)
     json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_closed_stdout_is_no_error(directory: Path) -> None:
+    command = ["sh", "-c", '"$0" -m flowcut inspect "$1" >&-', sys.executable, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -44,7 +44,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What checks the kernels is replaced; the launches it was given. Two cases, both right."""
     launches: list[Any] = []
 
-    def check_kernels(launch: Any, device: str) -> list[KernelCheck]:
+    def check_kernels(launch: Any, device: str, variants: Any) -> list[KernelCheck]:
         launches.append((launch, device))
         return [case("flat rows"), case("one key")]
 
@@ -169,7 +169,7 @@ def test_a_kernel_that_differs_is_named_in_one_line(
     capfd: pytest.CaptureFixture[str], checked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = [case(f"case {i}", ok=i > 6) for i in range(9)]
-    monkeypatch.setattr(report, "check_kernels", lambda launch, device: wrong)
+    monkeypatch.setattr(report, "check_kernels", lambda launch, device, variants: wrong)
     said = run(capfd, "plugin", "--target", 80)
     assert said.code == 1
     assert one_line(said.message) == (
@@ -232,14 +232,33 @@ def test_precompiling_without_triton_names_the_extra(refused: Refused, monkeypat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "75"), "target must be one of 80, 86, 89, 90, 100, 120, got 75. Older GPUs have no kernels; "),
-        (("--target", "80", "87"), "target must be one of 80, 86, 89, 90, 100, 120, got 87. "),
+        (("--target", "80", "75"), "GPU must be sm_80 or newer for FlowScore's kernels, got sm_75. "),
         (("--head-size", "33"), "head_size must be a multiple of 8 from 32 to 128 for FlowScore's kernel, got 33. "),
         (("--precision", "int8"), "dtype must be one of fp16, bf16, fp32 for FlowScore, got 'int8'."),
     ],
 )
 def test_refuses_what_there_is_no_kernel_for(refused: Refused, options: tuple[str, ...], message: str) -> None:
     assert refused("plugin", *options).startswith(message)
+
+
+@pytest.mark.usefixtures("checked")
+def test_a_gpu_between_the_targets_is_shown_as_what_it_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    _, result, _ = told(capfd, "--target", "8.7", "sm_121", "103", "86", "--head-size", 64, "--precision", "fp16")
+    assert [row["sm"] for row in result["targets"]] == [sm for sm in (86, 120, 100) for _ in range(3)]
+
+
+@pytest.mark.usefixtures("checked")
+def test_precompiling_into_what_cannot_be_written_is_an_error(
+    place: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_kernels(jobs: Sequence[tuple[Variant, int]]) -> Iterator[CompiledKernel]:
+        yield from (CompiledKernel(variant, sm, "x", ".version 8.7\n", 128, 64, 77, 0, "3.9.0") for variant, sm in jobs)
+
+    monkeypatch.setattr(report, "compile_kernels", compile_kernels)
+    (place / "cache").write_text("a file")
+    message = refused("plugin", "--target", 80, "--head-size", 72, "--precision", "fp16", "--precompile")
+    assert message.startswith(f"{place}/cache/flowcut-trt/ptx must be a directory to keep PTX in, got: ")
+    assert message.endswith("XDG_CACHE_HOME names another.")
 
 
 def test_wrong_syntax_is_code_2(capfd: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +274,8 @@ def test_help_says_what_the_figures_and_the_targets_are() -> None:
 
 
 def test_the_kernels_are_right_in_the_interpreter(capfd: pytest.CaptureFixture[str]) -> None:
-    _, result, code = told(capfd, "--target", 80)
+    lines, result, code = told(capfd, "--target", 80, "--head-size", 96, "--precision", "fp16")
     assert (code, result["verified"], result["verified_by"]) == (0, True, "triton interpreter")
     assert {check["dtype"] for check in result["checks"]} == {"fp16", "bf16", "fp32"}
+    assert result["checks"][-1]["shape"][3] == 96, "what was asked for is checked too"
+    assert any(line.split()[-2:] == ["finite", "ok"] for line in lines)
