@@ -6,6 +6,7 @@ Plain arithmetic, without triton, torch or TensorRT: dimensions are ints, or Ten
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -121,6 +122,14 @@ class Call:
     @property
     def query_heads(self) -> int:
         return self.heads * self.group
+
+    def programs(
+        self, kernel: str, source_in_keys: int = 0, ceil_div: Callable[[Dim, int], Dim] = lambda a, b: -(-a // b)
+    ) -> Dim:
+        """Of that kernel along the grid's x; y counts images. The logits do not go by `source_in_keys`."""
+        if kernel == LOGITS:
+            return ceil_div(self.keys, KEYS_PER_PROGRAM)
+        return ceil_div(self.keys - source_in_keys, SCORES_PER_PROGRAM)
 
     def logits_integers(self, logit_scale: float, semantic_scale: float) -> list[Dim]:
         """LOGITS_INTEGERS' values. Strides count rows of d elements."""

@@ -35,10 +35,8 @@ from engines.flow_score.launch import (
     COMBINE,
     COMBINE_MASKED,
     INPUTS,
-    KEYS_PER_PROGRAM,
     LOGITS,
     OUTPUTS,
-    SCORES_PER_PROGRAM,
     Call,
     Dim,
     Variant,
@@ -139,7 +137,7 @@ class _Plugin:
         if self.kernel == LOGITS:
             shapes = [(call.batch, call.heads * (call.group + 1), call.keys), (call.batch, call.keys)]
         else:
-            parts = self._programs(call, given, self.trtp.cdiv)
+            parts = call.programs(self.kernel, given["source_in_keys"], self.trtp.cdiv)
             shapes = [(call.batch, call.keys - given["source_in_keys"]), (call.batch, parts)][: self._outputs]
         return tuple(self.trtp.from_shape_expr(shape, self.trt.float32) for shape in shapes)
 
@@ -156,7 +154,8 @@ class _Plugin:
         compiled = cache.kernel(self._variant(given), _sm())
         call = self._call(given, _symbol, _number)
         parameters = trtp.KernelLaunchParams()
-        parameters.grid_x, parameters.grid_y = self._programs(call, given, trtp.cdiv), call.batch
+        parameters.grid_x = call.programs(self.kernel, given.get("source_in_keys", 0), trtp.cdiv)
+        parameters.grid_y = call.batch
         parameters.block_x, parameters.shared_mem = compiled.threads, compiled.shared_bytes
         integers = self._integers(call, given)
         extra = trtp.SymIntExprs(len(integers))
@@ -171,7 +170,7 @@ class _Plugin:
         for name, tensor in (inputs | outputs).items():
             _check_layout(name, tensor)
         call = self._call(given, _number, _number)
-        grid = (self._programs(call, given, lambda a, b: -(-a // b)), call.batch)
+        grid = (call.programs(self.kernel, given.get("source_in_keys", 0)), call.batch)
         pointers = [[tensor.data_ptr for tensor in tensors.values()] for tensors in (inputs, outputs)]
         integers = self._integers(call, given)
         run.ptx_launch(given["stream"])(self._variant(given), grid, pointers[0], integers, pointers[1])
@@ -208,12 +207,6 @@ class _Plugin:
         q_rows = dim(given["q"], rows) if group == 1 else 1
         source_rows = dim(given["v_source"], rows)
         return Call(dim(k, 0), head_dim(k, heads), dim(k, rows), group, q_rows, source_rows, bool(given["token_major"]))
-
-    def _programs(self, call: Call, given: Arguments, ceil_div: Callable[[Dim, int], Dim]) -> Dim:
-        """Along the grid's x; y counts images."""
-        if self.kernel == LOGITS:
-            return ceil_div(call.keys, KEYS_PER_PROGRAM)
-        return ceil_div(call.keys - given["source_in_keys"], SCORES_PER_PROGRAM)
 
     def _integers(self, call: Call, given: Arguments) -> list[Dim]:
         if self.kernel == LOGITS:

@@ -135,8 +135,7 @@ def plugin(settings: PluginSettings, progress: Progress) -> PluginReport:
     """Look kernels up, compile those that lack if asked to, count bytes, verify.
 
     Raises:
-        EngineError: what is shipped is damaged, or the compiler failed.
-        EngineError: what was compiled cannot be kept.
+        EngineError: what is shipped is damaged, the compiler failed, or what it compiled cannot be kept.
         FlowCutError: triton is not installed and something must be compiled.
     """
     targets, variants = dict.fromkeys(map(target_for, settings.targets)), settings.variants()
@@ -178,8 +177,7 @@ def _steps(precisions: Iterable[str]) -> Iterable[Step]:
     for dtype in dict.fromkeys(precisions):
         for model, vision in (("CLIP-L/14-336", clip), ("llava-tiny", tiny)):
             call = Call(1, vision.num_attention_heads, vision.patches + 1, token_major=True)
-            size = vision.hidden_size // vision.num_attention_heads
-            yield Step(model, call, dtype, size, traffic(call, dtype, size))
+            yield Step(model, call, dtype, vision.head_size, traffic(call, dtype, vision.head_size))
         call = Call(1, text.num_key_value_heads, tiles * clip.patches)
         moved = traffic(call, dtype, text.head_size, source_in_keys=0)
         yield Step("LLaVA-NeXT-7B in-LLM", call, dtype, text.head_size, moved)

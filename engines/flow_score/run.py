@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,7 @@ from engines.flow_score.interpreter import Interpreter
 from engines.flow_score.launch import (
     COMBINE,
     COMBINE_MASKED,
-    KEYS_PER_PROGRAM,
     LOGITS,
-    SCORES_PER_PROGRAM,
     Call,
     Variant,
 )
@@ -70,13 +67,13 @@ def score(
     _check_optional(call, history, running, source_in_keys, key_valid, q.device)
     logits, norm = _empty(q, call.batch, call.query_heads + call.heads, call.keys), _empty(q, call.batch, call.keys)
     variant = Variant(LOGITS, DTYPES[str(q.dtype)], q.shape[-1])
-    grid = (math.ceil(call.keys / KEYS_PER_PROGRAM), call.batch)
+    grid = (call.programs(LOGITS), call.batch)
     launch(variant, grid, [q, v_source, k, v], call.logits_integers(logit_scale, semantic_scale), [logits, norm])
 
     inputs = [logits, norm, norm if running is None else running]
     integers = call.combine_integers(history, source_in_keys, int(semantic), int(strength))
     running_out = _empty(q, call.batch, call.keys - source_in_keys)
-    grid = (math.ceil(running_out.shape[1] / SCORES_PER_PROGRAM), call.batch)
+    grid = (call.programs(COMBINE, source_in_keys), call.batch)
     if key_valid is None:
         launch(Variant(COMBINE), grid, inputs, integers, [running_out])
         return running_out, None

@@ -76,8 +76,7 @@ def traffic(call: launch.Call, dtype: str, head_size: int, masked: bool = False,
 
 def programs_of(call: launch.Call, source_in_keys: int = 1) -> tuple[int, int]:
     """Programs per image of the first and of the second kernel."""
-    scored = call.keys - source_in_keys
-    return ceil(call.keys / launch.KEYS_PER_PROGRAM), ceil(scored / launch.SCORES_PER_PROGRAM)
+    return call.programs(launch.LOGITS), call.programs(launch.COMBINE, source_in_keys)
 
 
 def _mask_bytes(call: launch.Call, source_in_keys: int) -> tuple[int, int]:
