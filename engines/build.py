@@ -12,8 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +24,7 @@ from typing import IO, Any, cast
 from rich.progress import Progress
 
 from engines.backends import Backend, check_build
+from engines.child import start_child
 from engines.compiler import BuildReport, BuildRequest, compile_engine
 from engines.progress import Phases
 from flowcut.contract import GraphContract
@@ -81,7 +80,8 @@ def build_engine(
 def _compile_in_child(request: BuildRequest, phases: Phases) -> BuildReport:
     ours, theirs = Pipe()
     with ours, TemporaryFile() as output:
-        child = _start(theirs, output)
+        # TensorRT prints past its logger, which would otherwise end up between the caller's lines.
+        child = start_child("engines.build", theirs, stdout=output, stderr=output)
         theirs.close()
         try:
             ours.send(request)
@@ -93,27 +93,6 @@ def _compile_in_child(request: BuildRequest, phases: Phases) -> BuildReport:
         finally:
             child.kill()
             child.wait()
-
-
-def _start(connection: Connection, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A fresh interpreter rather than multiprocessing's spawn, which would import the caller's script again.
-
-    In a process group of its own, so that a terminal's Ctrl-C reaches the caller, who then ends the child.
-    output: takes what TensorRT prints past its logger, which would otherwise end up between the caller's lines.
-    """
-    code = f"from engines.build import serve; serve({connection.fileno()})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [sys.executable, "-c", code]
-    fds = [connection.fileno()]
-    return subprocess.Popen(
-        arguments,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        pass_fds=fds,
-        env=environment,
-        process_group=0,
-    )
 
 
 def _follow(connection: Connection, phases: Phases) -> BuildReport:

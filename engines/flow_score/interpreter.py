@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engines.child import start_child
 from engines.flow_score.launch import Variant
 from flowcut.deps import require
 from flowcut.errors import EngineError
@@ -41,7 +40,7 @@ class Interpreter:
         self._lock = threading.Lock()
         self._connection, theirs = Pipe()
         with theirs:
-            child = _start(theirs)
+            child = start_child("engines.flow_score.interpreter", theirs, {"TRITON_INTERPRET": "1"})
         weakref.finalize(self, _end, child, self._connection)
 
     def __call__(
@@ -63,14 +62,6 @@ class Interpreter:
             raise content
         for output, packed in zip(outputs, content, strict=True):
             output.copy_(_unpack(*packed))
-
-
-def _start(connection: Connection) -> subprocess.Popen[bytes]:
-    """A fresh interpreter rather than multiprocessing's spawn, which would import the caller's script again."""
-    code = f"from engines.flow_score.interpreter import serve; serve({connection.fileno()})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
-    arguments, fds = [sys.executable, "-c", code], [connection.fileno()]
-    return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=fds, env=environment, process_group=0)
 
 
 def _end(child: subprocess.Popen[bytes], connection: Connection) -> None:
