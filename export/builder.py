@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import onnx_ir as ir
 
 from flowcut.config import NUMPY_DTYPE
 from flowcut.contract import GraphContract, TensorSpec
-from flowcut.tensors import expected_tensors
+from flowcut.tensors import check_finite, expected_tensors
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
@@ -30,7 +31,7 @@ SaveProgress = Callable[[str, int, int], None]
 
 def ir_dtype(name: str) -> ir.DataType:
     """onnx_ir's dtype for a numpy dtype name."""
-    return ir.DataType[{"bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT"}.get(name, name.upper())]
+    return ir.DataType[{"float32": "FLOAT"}.get(name, name.upper())]
 
 
 class GraphBuilder:
@@ -88,16 +89,29 @@ class GraphBuilder:
             ValueError: `name` is one of another shape or precision already.
         """
         dtype = ir_dtype(NUMPY_DTYPE[precision])
+
+        def convert() -> ir.Tensor[Any]:
+            with np.errstate(over="ignore"):  # what follows says which tensor it was
+                array = np.ascontiguousarray(load().astype(dtype.numpy()))
+            check_finite(name, array, precision)
+            return ir.Tensor(array, name=name)
+
+        return self.lazy(name, dtype, shape, convert)
+
+    def lazy(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], make: Callable[[], ir.TensorProtocol]
+    ) -> ir.Value:
+        """An initializer that `make` returns when the file is written.
+
+        Raises:
+            ValueError: `name` is one of another shape or dtype already.
+        """
         if name in self._initializers:
             known = self._initializers[name]
             if known.dtype != dtype or known.shape is None or known.shape.numpy() != shape:
                 raise ValueError(f"{name} must be one weight, got {known.dtype}{known.shape} and {dtype}{list(shape)}.")
         else:
-
-            def convert() -> ir.Tensor[Any]:
-                return ir.Tensor(np.ascontiguousarray(load().astype(dtype.numpy())), name=name)
-
-            self._add_initializer(name, ir.LazyTensor(convert, dtype=dtype, shape=ir.Shape(shape), name=name))
+            self._add_initializer(name, ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name))
         return self._initializers[name]
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -124,10 +138,9 @@ class GraphBuilder:
         self._nodes.append(node)
         return node.outputs
 
-    def linear(self, x: ir.Value, weights: Weights, name: str, precision: str, bias: bool = True) -> ir.Value:
-        """x @ W^T + b for checkpoint tensors `name`.weight [out, in] and `name`.bias."""
-        y = self.op("MatMul", x, self.weight(weights, f"{name}.weight", precision, transpose=True))
-        return self.op("Add", y, self.weight(weights, f"{name}.bias", precision)) if bias else y
+    def cast(self, x: ir.Value, has: str, wanted: str) -> ir.Value:
+        """x, of numpy dtype `has`, as `wanted`: itself where they are the same."""
+        return x if has == wanted else self.op("Cast", x, to=ir_dtype(wanted))
 
     def graph(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
         """Close the graph; output names are the given ones."""
@@ -175,13 +188,14 @@ class GraphBuilder:
 
 
 def save(model: ir.Model, path: Path, progress: SaveProgress | None = None) -> None:
-    """Write `path` and its weights to `path`.data, one tensor in memory at a time."""
+    """Write `path` and its weights to `path`.data, a tensor per core in memory at a time."""
 
     def report(tensor: ir.TensorProtocol, info: Any) -> None:
         if progress is not None:
             progress(tensor.name or "", info.index, info.total)
 
-    ir.save(model, path, external_data=path.name + ".data", callback=report)
+    # One tensor per core: drawing, rounding and packing weights takes longer than the disk does.
+    ir.save(model, path, external_data=path.name + ".data", callback=report, max_workers=os.cpu_count())
 
 
 def _typed(spec: TensorSpec) -> ir.Value:

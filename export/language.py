@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
+from export.linear import Linear, Ranges
 from flowcut.config import NUMPY_DTYPE, Precision, TextConfig
-from flowcut.contract import GraphContract, past_names, present_names
+from flowcut.contract import GraphContract, cached_layers, exchange_dtype, past_names, present_names
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
@@ -39,41 +41,61 @@ class Step:
 
 
 def language_model(
-    weights: Weights, contract: GraphContract, precision: Precision, metadata: Mapping[str, str]
+    weights: Weights,
+    contract: GraphContract,
+    precision: Precision,
+    metadata: Mapping[str, str],
+    ranges: Ranges | None = None,
 ) -> ir.Model:
     """Build the graph; weights are read when it is saved.
 
     Args:
         weights: checkpoint to read from.
-        contract: of flowcut.contract.language_contract, made for the same geometry and precision.
-        precision: of weights, cache and arithmetic. Norms compute in float32 and return `precision`; logits are float32
-            in name: computed in `precision`, then cast.
+        contract: of flowcut.contract.language_contract, or one of language_contracts, made for the same geometry and
+            precision.
+        precision: of weights, cache and arithmetic; int8, int4 and fp8 of the layers' weights, the rest being float16.
+            Norms compute in float32 and return what the graph computes in, so do logits before they are cast.
         metadata: written into the file.
+        ranges: see export.linear; fp8 only.
     """
-    graph = _LanguageGraph(weights, contract, precision)
+    graph = _LanguageGraph(weights, contract, precision, ranges)
     return graph.builder.model(contract, graph.outputs(), metadata)
 
 
 class _LanguageGraph:
     """One build: the builder, the declared inputs and the layers' cache outputs."""
 
-    def __init__(self, weights: Weights, contract: GraphContract, precision: Precision) -> None:
+    def __init__(self, weights: Weights, contract: GraphContract, precision: Precision, ranges: Ranges | None) -> None:
         self.config: TextConfig = weights.config.text
-        self.weights, self.precision = weights, precision
+        self.weights, self.precision, self.contract = weights, precision, contract
+        self.dtype = NUMPY_DTYPE[precision]
         self.builder = GraphBuilder(contract.name)
+        self.linears = Linear(self.builder, weights, precision, ranges)
         self.inputs = {spec.name: self.builder.input(spec) for spec in contract.inputs}
-        rows = {spec.name: spec.dims[2] for spec in contract.inputs if spec.name.startswith("past.")}
-        self.cache_rows = int(rows[past_names(0)[0]])
+        rows = {int(spec.dims[2]) for spec in contract.inputs if spec.name.startswith("past.")}
+        (self.cache_rows,) = rows
 
     def outputs(self) -> dict[str, ir.Value]:
         """Write all nodes; graph outputs by contract name."""
         presents: dict[str, ir.Value] = {}
-        hidden, step = self.embed(), self.step()
-        for i in range(self.config.num_hidden_layers):
+        hidden, step = self.entering(), self.step()
+        for i in cached_layers(self.contract):
             with self.builder.scope(f"layers.{i}"):
                 hidden, cache = self.layer(i, hidden, step)
             presents |= dict(zip(present_names(i), cache, strict=True))
-        return {"logits": self.logits(hidden)} | presents
+        return self.leaving(hidden) | presents
+
+    def entering(self) -> ir.Value:
+        """What the first layer of this graph takes: [B, S, D]."""
+        if "hidden" not in self.inputs:
+            return self.embed()
+        return self.builder.cast(self.inputs["hidden"], exchange_dtype(self.precision), self.dtype)
+
+    def leaving(self, hidden: ir.Value) -> dict[str, ir.Value]:
+        """What becomes of the last layer's output."""
+        if "last_token" in self.inputs:
+            return {"logits": self.logits(hidden)}
+        return {"hidden": self.builder.cast(hidden, self.dtype, exchange_dtype(self.precision))}
 
     def embed(self) -> ir.Value:
         """Token embeddings [B, S, D], replaced by image embeddings where image_rows is not -1."""
@@ -81,6 +103,7 @@ class _LanguageGraph:
         rows = self.inputs["image_rows"]
         text = b.op("Gather", self.weight("model.embed_tokens"), self.inputs["input_ids"])
         table = b.op("Reshape", self.inputs["image_embeds"], b.const([-1, self.config.hidden_size], "int64"))
+        table = b.cast(table, exchange_dtype(self.precision), self.dtype)
         images = b.op("Gather", table, b.op("Max", rows, b.const(0, "int64")))
         is_image = b.op("Greater", b.op("Unsqueeze", rows, b.const([2], "int64")), b.const(-1, "int64"))
         return b.op("Where", is_image, images, text)
@@ -98,8 +121,8 @@ class _LanguageGraph:
         return Step(
             position_ids=positions,
             write_row=b.op("Gather", positions, b.const(0, "int64"), axis=1),
-            cos=b.const(cos, NUMPY_DTYPE[self.precision], name="rotary.cos"),
-            sin=b.const(sin, NUMPY_DTYPE[self.precision], name="rotary.sin"),
+            cos=b.const(cos, self.dtype, name="rotary.cos"),
+            sin=b.const(sin, self.dtype, name="rotary.sin"),
             mask=b.op("Greater", b.op("Unsqueeze", positions, b.const([1, 3], "int64")), b.const(before, "int64")),
         )
 
@@ -109,17 +132,17 @@ class _LanguageGraph:
         attended, cache = self.attention(i, self.norm(hidden, f"{name}.input_layernorm"), step)
         hidden = b.op("Add", hidden, attended)
         x = self.norm(hidden, f"{name}.post_attention_layernorm")
-        gate = self.linear(x, f"{name}.mlp.gate_proj")
-        gate = b.op("Mul", gate, b.op("Sigmoid", gate))
-        gated = b.op("Mul", gate, self.linear(x, f"{name}.mlp.up_proj"))
+        y = self.linear(x, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
+        y = b.op("Reshape", y, b.const([0, 0, 2, self.config.intermediate_size], "int64"))
+        gate, up = (b.op("Gather", y, b.const(half, "int64"), axis=2) for half in range(2))
+        gated = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
         return b.op("Add", hidden, self.linear(gated, f"{name}.mlp.down_proj")), cache
 
     def attention(self, i: int, x: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Attention of x [B, S, D] over the updated cache [B, Hkv, C, d]."""
         b, config, name = self.builder, self.config, f"model.layers.{i}.self_attn"
-        q = self.rotate(self.heads(x, f"{name}.q_proj", config.num_attention_heads), step)
-        k = self.rotate(self.heads(x, f"{name}.k_proj", config.num_key_value_heads), step)
-        v = self.heads(x, f"{name}.v_proj", config.num_key_value_heads)
+        q, k, v = self.heads(x, name)
+        q, k = self.rotate(q, step), self.rotate(k, step)
         past = [self.inputs[n] for n in past_names(i)]
         keys, values = (b.op("TensorScatter", p, new, step.write_row) for p, new in zip(past, (k, v), strict=True))
         # Without an explicit scale TensorRT computes it from shapes: ten more network layers each time.
@@ -128,11 +151,19 @@ class _LanguageGraph:
         y = b.op("Reshape", y, b.const([0, 0, config.hidden_size], "int64"))
         return self.linear(y, f"{name}.o_proj"), (keys, values)
 
-    def heads(self, x: ir.Value, name: str, heads: int) -> ir.Value:
-        """Project x [B, S, D] and split heads: [B, heads, S, d]."""
-        b = self.builder
-        y = b.op("Reshape", self.linear(x, name), b.const([0, 0, heads, self.config.head_size], "int64"))
-        return b.op("Transpose", y, perm=[0, 2, 1, 3])
+    def heads(self, x: ir.Value, name: str) -> list[ir.Value]:
+        """Project x [B, S, D] to q [B, H, S, d], k and v [B, Hkv, S, d]: one product, then heads of constant numbers.
+
+        Gather rather than Split, whose Slices are more layers to TensorRT.
+        """
+        b, config = self.builder, self.config
+        parts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        y = self.linear(x, *(f"{name}.{part}" for part in ("q_proj", "k_proj", "v_proj")))
+        y = b.op("Reshape", y, b.const([0, 0, sum(parts), config.head_size], "int64"))
+        y = b.op("Transpose", y, perm=[0, 2, 1, 3])
+        ends = accumulate(parts)
+        rows = (np.arange(end - count, end) for count, end in zip(parts, ends, strict=True))
+        return [b.op("Gather", y, b.const(numbers, "int64"), axis=1) for numbers in rows]
 
     def rotate(self, x: ir.Value, step: Step) -> ir.Value:
         """Rotary embedding, rotate-half, of [B, H, S, d]."""
@@ -145,10 +176,10 @@ class _LanguageGraph:
         last = b.op("GatherND", hidden, index, batch_dims=1)  # [B, D]
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         logits = b.op("Gemm", self.norm(last, "model.norm"), self.weight(head), transB=1)
-        return logits if self.precision == "fp32" else b.op("Cast", logits, to=ir.DataType.FLOAT)
+        return b.cast(logits, self.dtype, "float32")
 
-    def linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self.builder.linear(x, self.weights, PREFIX + name, self.precision, bias=False)
+    def linear(self, x: ir.Value, *names: str) -> ir.Value:
+        return self.linears(x, *(PREFIX + name for name in names), bias=False)
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """RMS norm; stash_type's default computes it in float32."""

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
+from export.linear import Linear, Ranges
 from export.pruning import PruningSteps
 from flowcut.checkpoint import Weights
 from flowcut.config import NUMPY_DTYPE, VisionConfig
@@ -30,22 +31,26 @@ def vision_model(
     precision: str,
     metadata: Mapping[str, str],
     trace: bool = False,
+    ranges: Ranges | None = None,
 ) -> ir.Model:
     """Build the graph; weights are read when it is saved.
 
     Args:
         contract: flowcut.contract.vision_contract for the same tokens and precision.
+        precision: of weights and arithmetic; int8, int4 and fp8 of the layers' weights, the rest being float16. Scores
+            are float32 whatever it is.
         trace: add the outputs `features` [images, T, hidden] float32, `counts` [images, L+1] int64 and per pruning
             point `kept.<layer>` [images, C] int64, for looking at what the pruner did.
+        ranges: see export.linear; fp8 only.
 
     Raises:
         ConfigError: the schedule is adaptive, whose lengths depend on the data.
     """
     check_fixed_shapes(schedule)
     b = GraphBuilder(contract.name)
-    tower = _Tower(b, weights, precision)
+    tower, dtype = _Tower(b, weights, precision, ranges), NUMPY_DTYPE[precision]
     pixels = b.input(contract.inputs[0])
-    hidden = tower.embed(pixels)
+    hidden = tower.embed(b.cast(pixels, contract.inputs[0].dtype, dtype))
     steps = PruningSteps(b, schedule, weights.config.vision, pixels)
     scale = weights.config.vision.head_size**-0.5  # spelled out: the default costs TensorRT ten layers a node
     for i in range(weights.config.vision.num_hidden_layers - 1):
@@ -54,7 +59,8 @@ def vision_model(
             attended = b.op("Attention", q, k, v, *steps.attention_mask(), scale=scale)
             hidden = steps.after_layer(i, q, k, v, tower.finish_layer(i, hidden, attended))
     features = b.op("Gather", hidden, b.const(np.arange(1, schedule.tokens + 1), "int64"), axis=1)  # CLS has served
-    outputs = {"image_embeds": tower.project(features), "kept": steps.kept()}
+    embeds = b.cast(tower.project(features), dtype, contract.outputs[0].dtype)
+    outputs = {"image_embeds": embeds, "kept": steps.kept()}
     if trace:
         outputs |= {"features": b.op("Cast", features, to=ir.DataType.FLOAT), **steps.trace()}
         contract = traced_contract(contract, schedule, weights.config.vision)
@@ -76,8 +82,9 @@ def traced_contract(contract: GraphContract, schedule: Schedule, vision: VisionC
 class _Tower:
     """CLIP's layers and LLaVA's projector as nodes; method by method what flowcut/vision.py does in torch."""
 
-    def __init__(self, b: GraphBuilder, weights: Weights, precision: str) -> None:
+    def __init__(self, b: GraphBuilder, weights: Weights, precision: str, ranges: Ranges | None) -> None:
         self._b, self._weights, self._precision = b, weights, precision
+        self._linear = Linear(b, weights, precision, ranges)
         self._config = weights.config.vision
 
     def embed(self, pixel_values: ir.Value) -> ir.Value:
@@ -125,9 +132,6 @@ class _Tower:
         positions = self._weights.load(TOWER + "embeddings.position_embedding.weight").astype(np.float32)
         positions[0] += self._weights.load(TOWER + "embeddings.class_embedding").astype(np.float32)
         return positions
-
-    def _linear(self, x: ir.Value, name: str) -> ir.Value:
-        return self._b.linear(x, self._weights, name, self._precision)
 
     def _layer_norm(self, x: ir.Value, name: str) -> ir.Value:
         gain, bias = self._weight(name + ".weight"), self._weight(name + ".bias")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from flowcut.errors import ConfigError
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "fp8"]
 # What transformers' CLIPVisionConfig assumes for a field that vision_config leaves out. VisionConfig's own defaults are
 # LLaVA-1.5's, as a hand-written geometry wants them.
 _CLIP_DEFAULTS: dict[str, Any] = {
@@ -27,7 +27,16 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "patch_size": 32,
 }
-NUMPY_DTYPE: dict[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+NUMPY_DTYPE: dict[str, str] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "float16",
+    "int4": "float16",
+    "fp8": "float16",
+}
+"""What a graph of each precision computes in. int8, int4 and fp8 are how its linear layers keep their weights."""
+QUANTIZED: tuple[Precision, ...] = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
 
 from flowcut.config import NUMPY_DTYPE, LlavaConfig
 from flowcut.errors import ConfigError
@@ -75,14 +78,30 @@ class Limits:
         return self.max_prompt + self.max_new_tokens
 
 
-def vision_contract(config: LlavaConfig, tokens: int, precision: str, limits: Limits) -> GraphContract:
-    """pixel_values -> image_embeds, kept. `kept` are patch numbers 0..grid*grid-1 in ascending order."""
-    size, dtype = config.vision.image_size, NUMPY_DTYPE[precision]
+def exchange_dtype(precision: str) -> str:
+    """What a graph of this precision takes and returns, its cache aside. numpy, on the host, knows no bfloat16."""
+    return "float32" if precision == "bf16" else NUMPY_DTYPE[precision]
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a TensorSpec's dtype."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def vision_contract(
+    config: LlavaConfig, tokens: int, precision: str, limits: Limits, language: str | None = None
+) -> GraphContract:
+    """pixel_values -> image_embeds, kept. `kept` are patch numbers 0..grid*grid-1 in ascending order.
+
+    language: the decoder's precision, whose type image_embeds have; None: the same.
+    """
+    size = config.vision.image_size
+    embeds = exchange_dtype(language or precision)
     return GraphContract(
         name="vision",
-        inputs=(TensorSpec("pixel_values", dtype, ("images", 3, size, size)),),
+        inputs=(TensorSpec("pixel_values", exchange_dtype(precision), ("images", 3, size, size)),),
         outputs=(
-            TensorSpec("image_embeds", dtype, ("images", tokens, config.text.hidden_size)),
+            TensorSpec("image_embeds", embeds, ("images", tokens, config.text.hidden_size)),
             TensorSpec("kept", "int64", ("images", tokens)),
         ),
         ranges={"images": Range(1, 1, limits.max_images)},
@@ -90,35 +109,78 @@ def vision_contract(config: LlavaConfig, tokens: int, precision: str, limits: Li
 
 
 def language_contract(config: LlavaConfig, tokens: int, precision: str, limits: Limits) -> GraphContract:
-    """Prefill and decode in one graph.
+    """The whole decoder as one graph.
 
     image_rows holds, per position, the row of image_embeds seen as [images*tokens, hidden], or -1 for a text token.
     last_token holds, per sequence, the index along `sequence` whose logits are wanted.
     past.* and present.* are the same buffers: each step writes `sequence` rows at position_ids[:, 0].
     """
-    text, dtype = config.text, NUMPY_DTYPE[precision]
+    return _stage(config, tokens, precision, limits, range(config.text.num_hidden_layers), "language")
+
+
+def language_contracts(
+    config: LlavaConfig, tokens: int, precision: str, limits: Limits, stages: int = 1
+) -> tuple[GraphContract, ...]:
+    """The decoder as `stages` graphs of consecutive layers, to be run one after the other; one stage is `language`.
+
+    The first, `language.0`, takes what `language` takes but for last_token, and returns `hidden`, which the next takes
+    with position_ids; the last takes last_token too and returns logits. Each has the cache of its own layers.
+
+    Raises:
+        ConfigError: fewer layers than stages.
+    """
+    layers = config.text.num_hidden_layers
+    if not 1 <= stages <= layers:
+        raise ConfigError(f"stages must be in 1..{layers} (the decoder's layers), got {stages}.")
+    cuts = [round(layers * i / stages) for i in range(stages + 1)]
+    parts = zip(stage_names(stages), pairwise(cuts), strict=True)
+    return tuple(_stage(config, tokens, precision, limits, range(*cut), name) for name, cut in parts)
+
+
+def stage_names(stages: int) -> tuple[str, ...]:
+    """Names of the decoder's graphs."""
+    return ("language",) if stages == 1 else tuple(f"language.{i}" for i in range(stages))
+
+
+def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, layers: range, name: str) -> GraphContract:
+    text, dtype = config.text, exchange_dtype(precision)
+    first, last = layers.start == 0, layers.stop == text.num_hidden_layers
     cache = ("batch", text.num_key_value_heads, limits.cache_rows, text.head_size)
-    layers = range(text.num_hidden_layers)
+    per_token: tuple[Dim, ...] = ("batch", "sequence")
+    hidden = TensorSpec("hidden", dtype, (*per_token, text.hidden_size))
+    position_ids, last_token = (
+        TensorSpec("position_ids", "int64", per_token),
+        TensorSpec("last_token", "int64", ("batch",)),
+    )
+    begin = (
+        TensorSpec("input_ids", "int64", per_token),
+        position_ids,
+        TensorSpec("image_rows", "int64", per_token),
+        *([last_token] if last else []),
+        TensorSpec("image_embeds", dtype, ("images", tokens, text.hidden_size)),
+    )
+    go_on = (position_ids, *([last_token] if last else []), hidden)
+    ranges = {"batch": Range(1, 1, limits.max_batch), "images": Range(1, 1, limits.max_images)}
     return GraphContract(
-        name="language",
+        name=name,
         inputs=(
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
-            TensorSpec("position_ids", "int64", ("batch", "sequence")),
-            TensorSpec("image_rows", "int64", ("batch", "sequence")),
-            TensorSpec("last_token", "int64", ("batch",)),
-            TensorSpec("image_embeds", dtype, ("images", tokens, text.hidden_size)),
-            *(TensorSpec(n, dtype, cache) for i in layers for n in past_names(i)),
+            *(begin if first else go_on),
+            *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in past_names(i)),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", text.vocab_size)),
-            *(TensorSpec(n, dtype, cache) for i in layers for n in present_names(i)),
+            TensorSpec("logits", "float32", ("batch", text.vocab_size)) if last else hidden,
+            *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in present_names(i)),
         ),
         ranges={
-            "batch": Range(1, 1, limits.max_batch),
-            "images": Range(1, 1, limits.max_images),
+            **(ranges if first else {"batch": ranges["batch"]}),
             "sequence": Range(1, limits.max_prompt, limits.max_prompt),
         },
     )
+
+
+def cached_layers(contract: GraphContract) -> list[int]:
+    """Decoder layers whose cache a graph holds, in order."""
+    return [int(s.name.split(".")[1]) for s in contract.inputs if s.name.startswith("past.") and s.name.endswith("key")]
 
 
 def past_names(layer: int) -> tuple[str, str]:

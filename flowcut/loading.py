@@ -9,15 +9,22 @@ import torch
 from torch import nn
 
 from flowcut.checkpoint import Weights
+from flowcut.tensors import check_finite
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_module(model: Module, weights: Weights, prefix: str, dtype: torch.dtype, device: str) -> Module:
-    """Give every parameter of `model` the checkpoint tensor `prefix` + its name; never two copies of the model."""
+    """Give every parameter of `model` the checkpoint tensor `prefix` + its name; never two copies of the model.
+
+    Raises:
+        CheckpointError: a tensor that is not finite.
+    """
     for name, _ in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        tensor = _to_torch(weights.load(prefix + name)).to(device=device, dtype=dtype)
+        array = weights.load(prefix + name)
+        check_finite(prefix + name, array)
+        tensor = _to_torch(array).to(device=device, dtype=dtype)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
     return model.eval()
 

@@ -29,8 +29,9 @@ class RandomWeights:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}.")
-        if self.dtype not in NUMPY_DTYPE.values():
-            raise ConfigError(f"dtype must be one of {', '.join(NUMPY_DTYPE.values())}, got {self.dtype!r}.")
+        known = list(dict.fromkeys(NUMPY_DTYPE.values()))
+        if self.dtype not in known:
+            raise ConfigError(f"dtype must be one of {', '.join(known)}, got {self.dtype!r}.")
 
     def load(self, name: str) -> Array:
         shape = self._shapes[name]

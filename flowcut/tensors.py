@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.deps import require
+from flowcut.errors import CheckpointError
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -99,3 +100,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def geometry_digest(config: LlavaConfig) -> hashlib._Hash:
     """A SHA-256 begun with the geometry, for the tensors' content to be added."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+
+
+def check_finite(name: str, array: Array, precision: str = "") -> None:
+    """Raise CheckpointError where `array`, a checkpoint's tensor or what became of it in `precision`, is not finite."""
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    first = tuple(int(i) for i in np.unravel_index(finite.argmin(), finite.shape))
+    as_what = f" in {precision}" if precision else ""
+    remedy = " Choose another precision, or mend the checkpoint." if precision else " Mend the checkpoint."
+    raise CheckpointError(
+        f"{name} must be finite{as_what}, got {array[first]} at {list(first)} and "
+        f"{finite.size - int(finite.sum())} such values in all.{remedy}"
+    )

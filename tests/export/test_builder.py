@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from export.builder import IR_VERSION, OPSET, GraphBuilder, ir_dtype, save
+from export.linear import Linear
 from flowcut.checkpoint import random_weights
 from flowcut.config import LlavaConfig, Precision, TextConfig, VisionConfig
 from flowcut.contract import GraphContract, TensorSpec
@@ -41,7 +42,7 @@ def linear_model(weights: CountedWeights, precision: Precision = "fp32", bias: b
     b = GraphBuilder("linear")
     x = b.input(CONTRACT.inputs[0])
     cast = b.op("Cast", x, to=ir_dtype("float16" if precision == "fp16" else "float32"))
-    y = b.op("Cast", b.linear(cast, weights, LINEAR, precision, bias), to=ir.DataType.FLOAT)
+    y = b.op("Cast", Linear(b, weights, precision)(cast, LINEAR, bias=bias), to=ir.DataType.FLOAT)
     return b.model(CONTRACT, {"y": y}, {"schedule": "off", "tokens": "4"})
 
 
