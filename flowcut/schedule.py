@@ -21,8 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from flowcut.checkpoint import Weights
 from flowcut.config import VisionConfig
 from flowcut.errors import ConfigError
+from flowcut.fingerprint import vision_sha256
 from flowcut.selector import FLOWCUT
 from flowcut.selector import selector as find_selector
 
@@ -31,6 +33,8 @@ ENTROPY_RATIO = 0.9
 """The entropy ratio that the closed form assumes where no calibration was done."""
 DEFAULT_SHARE = 64 / 576
 """Share of the patches kept by default: the paper's 64 of LLaVA-1.5's 576."""
+CALIBRATION = "calibration"
+"""The key under which a schedule file may say what it was calibrated on."""
 
 
 def pruning_points(layers: int) -> list[int]:
@@ -60,11 +64,11 @@ def drop_count(patches: int, tokens: int, left: int, entropy_ratio: float) -> in
     return min(round((patches - tokens) / math.sqrt(left) * (1 - entropy_ratio**2)), patches - tokens)
 
 
-def closed_form(vision: VisionConfig, tokens: int) -> tuple[int, ...]:
-    """Kept counts per pruning point when every layer's entropy ratio is taken as 0.9."""
+def closed_form(vision: VisionConfig, tokens: int, entropy_ratio: float = ENTROPY_RATIO) -> tuple[int, ...]:
+    """Kept counts per pruning point when every layer's entropy ratio is taken to be the same."""
     counts, patches = [], vision.patches
     for layer in pruning_points(vision.num_hidden_layers):
-        patches -= drop_count(patches, tokens, layers_left(vision.num_hidden_layers, layer), ENTROPY_RATIO)
+        patches -= drop_count(patches, tokens, layers_left(vision.num_hidden_layers, layer), entropy_ratio)
         counts.append(patches)
     return tuple(counts)
 
@@ -132,11 +136,17 @@ class Schedule:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Schedule:
-        """Inverse of `to_dict`; unknown or missing keys are errors, but older files have no selector."""
-        expected = {"kind", "patches", "tokens", "counts"}
-        if not isinstance(data, Mapping) or set(data) - {"selector"} != expected:
+        """Inverse of `to_dict`; unknown or missing keys are errors, but older files have no selector.
+
+        What a file says under "calibration" is its origin and not part of the schedule.
+        """
+        expected, optional = {"kind", "patches", "tokens", "counts"}, {"selector", CALIBRATION}
+        if not isinstance(data, Mapping) or set(data) - optional != expected:
             got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-            raise ConfigError(f"schedule must have the keys {sorted(expected)} and may have selector, got {got}.")
+            raise ConfigError(
+                f"schedule must have the keys {sorted(expected)} and may have {' and '.join(sorted(optional))}, "
+                f"got {got}."
+            )
         counts = data["counts"]
         numbers = [data["patches"], data["tokens"], *(counts if isinstance(counts, (list, tuple)) else [None])]
         if not all(_is_int(n) for n in numbers):
@@ -172,20 +182,23 @@ def check_fixed_shapes(schedule: Schedule) -> None:
         )
 
 
-def make_schedule(spec: str, vision: VisionConfig, tokens: int, selector: str | None = None) -> Schedule:
+def make_schedule(
+    spec: str, vision: VisionConfig, tokens: int, selector: str | None = None, weights: Weights | None = None
+) -> Schedule:
     """The schedule for a name (`adaptive`, `static`, `masked`) or a schedule .json file.
 
     Bare `static` takes the closed form; bare `masked` has full capacity. With tokens = patches it is always `off`.
 
     Args:
         selector: None: what the file says, and flowcut where there is none.
+        weights: a calibrated file is refused if it was made for another tower than theirs; read only for such a file.
 
     Raises:
-        ConfigError: unknown name, unreadable file, or a file for another geometry, budget or selector.
+        ConfigError: unknown name, unreadable file, or a file for another geometry, budget, selector or checkpoint.
     """
     check_tokens(tokens, vision.patches)
     if spec.endswith(".json"):
-        return _load(Path(spec), vision, tokens, selector)
+        return _load(Path(spec), vision, tokens, selector, weights)
     if spec not in ("adaptive", "static", "masked"):
         raise ConfigError(f"schedule must be adaptive, static, masked or a .json file, got {spec!r}.")
     chosen, patches = find_selector(FLOWCUT if selector is None else selector), vision.patches
@@ -200,7 +213,7 @@ def make_schedule(spec: str, vision: VisionConfig, tokens: int, selector: str | 
     return Schedule("adaptive", patches, tokens, (), chosen.name)
 
 
-def _load(path: Path, vision: VisionConfig, tokens: int, selector: str | None) -> Schedule:
+def _load(path: Path, vision: VisionConfig, tokens: int, selector: str | None, weights: Weights | None) -> Schedule:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -224,7 +237,30 @@ def _load(path: Path, vision: VisionConfig, tokens: int, selector: str | None) -
         raise ConfigError(
             f"schedule {path} must be made for {wanted}, got {got}. Choose another file, --tokens or --selector."
         )
+    if CALIBRATION in data:
+        _check_origin(path, data[CALIBRATION], vision, weights)
     return schedule
+
+
+def _check_origin(path: Path, origin: object, vision: VisionConfig, weights: Weights | None) -> None:
+    """Raise ConfigError for a file that was calibrated on a tower of another geometry or with other weights."""
+    geometry = origin.get("geometry") if isinstance(origin, Mapping) else None
+    made_for = origin.get("vision_sha256") if isinstance(origin, Mapping) else None
+    if not isinstance(geometry, Mapping) or not isinstance(made_for, str):
+        raise ConfigError(
+            f"schedule {path} must say geometry and vision_sha256 in its calibration, as `flowcut calibrate schedule` "
+            "wrote them. Make it again, or take the calibration out."
+        )
+    ours = asdict(vision)
+    differing = [name for name in sorted(ours.keys() | geometry.keys()) if ours.get(name) != geometry.get(name)]
+    if differing:
+        wanted, got = ({name: side.get(name) for name in differing} for side in (ours, geometry))
+        raise ConfigError(f"schedule {path} must be made for {wanted}, got {got}. Calibrate this checkpoint.")
+    if weights is not None and (own := vision_sha256(weights)) != made_for:
+        raise ConfigError(
+            f"schedule {path} must be made for this checkpoint, whose vision tower has the sha256 {own[:12]}, got one "
+            f"for {made_for[:12]}. Calibrate this checkpoint, or name the one that it was calibrated on."
+        )
 
 
 def _is_int(value: object) -> bool:

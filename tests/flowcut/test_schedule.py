@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import references
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowcut.config import VisionConfig
+from flowcut.checkpoint import random_weights
+from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError
+from flowcut.fingerprint import vision_sha256
 from flowcut.schedule import (
     Schedule,
     check_tokens,
@@ -255,6 +257,56 @@ def test_files_that_are_no_schedule_are_refused(content: str, tmp_path: Path) ->
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match="schedule"):
         make_schedule(str(path), TINY, 8)
+
+
+def calibrated(**change: Any) -> dict[str, Any]:
+    """A schedule file that says what it was calibrated on."""
+    return {**GOOD, "calibration": {"geometry": asdict(TINY), "vision_sha256": "f" * 64, "agreement": {}} | change}
+
+
+def test_what_a_file_was_calibrated_on_is_no_part_of_the_schedule(tmp_path: Path) -> None:
+    schedule = make_schedule(write(tmp_path / "schedule.json", calibrated()), TINY, 8)
+    assert schedule.to_dict() == {**GOOD, "selector": "flowcut"}
+    assert Schedule.from_dict(calibrated()) == schedule
+
+
+def test_a_file_calibrated_on_another_geometry_is_refused_with_both_values(tmp_path: Path) -> None:
+    file = write(tmp_path / "schedule.json", calibrated())
+    other = replace(TINY, hidden_size=128, layer_norm_eps=1e-6)
+    values = r"for {'hidden_size': 128, 'layer_norm_eps': 1e-06}, got {'hidden_size': 64, 'layer_norm_eps': 1e-05}"
+    with pytest.raises(ConfigError, match=values):
+        make_schedule(file, other, 8)
+
+
+def test_a_file_calibrated_on_another_checkpoint_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    config = LlavaConfig(TINY, TextConfig(64, 128, 1, 4, 4, 64), image_token_id=1)
+    weights = random_weights(config)
+    own = vision_sha256(weights)
+    with pytest.raises(ConfigError, match=rf"this checkpoint, .* sha256 {own[:12]}, got one for ffffffffffff\."):
+        make_schedule(write(tmp_path / "schedule.json", calibrated()), TINY, 8, weights=weights)
+    right = write(tmp_path / "schedule.json", calibrated(vision_sha256=own))
+    assert make_schedule(right, TINY, 8, weights=weights).counts == tuple(GOOD["counts"])
+    with pytest.raises(ConfigError, match=own[:12]):
+        make_schedule(right, TINY, 8, weights=random_weights(config, seed=1))
+
+
+def test_weights_are_read_for_calibrated_files_only(tmp_path: Path) -> None:
+    class Unread:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    unread: Any = Unread()
+    for spec in ("static", "masked", "adaptive", write(tmp_path / "schedule.json", GOOD)):
+        make_schedule(spec, TINY, 8, weights=unread)
+    with pytest.raises(AssertionError):
+        make_schedule(write(tmp_path / "schedule.json", calibrated()), TINY, 8, weights=unread)
+
+
+@pytest.mark.parametrize("origin", [None, [], {}, {"geometry": asdict(TINY)}, {"geometry": 1, "vision_sha256": ""}])
+def test_a_calibration_that_does_not_say_its_origin_is_refused(origin: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "schedule.json", {**GOOD, "calibration": origin})
+    with pytest.raises(ConfigError, match=r"must say geometry and vision_sha256 in its calibration"):
+        make_schedule(file, TINY, 8)
 
 
 def test_an_absent_file_and_an_unknown_name_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""One picture through the vision tower in eager PyTorch: what each pruning point kept, and the features at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.patches import to_mask
+from flowcut.checkpoint import Weights
+from flowcut.errors import CheckpointError
+from flowcut.schedule import Schedule
+from flowcut.vision import VisionModel, VisionOutput
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a schedule did to a picture.
+
+    Attributes:
+        kept: per pruning point the patches that left it, as a mask (see calib.patches).
+        numbers: [T] patch numbers of the rows of `features`.
+        features: [T, hidden] float32, hidden state -2 before the projector.
+    """
+
+    kept: tuple[int, ...]
+    numbers: NDArray[np.int64]
+    features: NDArray[np.float32]
+
+
+class Tower:
+    """A checkpoint's vision tower in float32."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._layers = weights.config.vision.num_hidden_layers
+        self._model = VisionModel.from_weights(weights)
+
+    def run(self, pixels: NDArray[np.float32], schedule: Schedule) -> Run:
+        """Prune one picture, [1, 3, S, S].
+
+        Raises:
+            CheckpointError: finite weights whose features are not.
+        """
+        with torch.inference_mode():
+            output = self._model.features(torch.from_numpy(pixels), schedule)
+        if not torch.isfinite(output.features).all():
+            raise CheckpointError(
+                "features of the vision tower must be finite, got NaN or infinity in float32. Mend the checkpoint."
+            )
+        numbers, features = output.kept[0].numpy(), output.features[0].numpy()
+        return Run(_kept_per_point(output, schedule, self._layers), numbers, features)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads within the block; None leaves the choice to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _kept_per_point(output: VisionOutput, schedule: Schedule, layers: int) -> tuple[int, ...]:
+    """The trace, which leaves out points that had nothing left to drop."""
+    traced = {layer: to_mask(numbers[0].tolist()) for layer, numbers in output.trace}
+    kept, now = [], to_mask(range(schedule.patches))
+    for layer in schedule.points(layers):
+        now = traced.get(layer, now)
+        kept.append(now)
+    return tuple(kept)
