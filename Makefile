@@ -7,6 +7,9 @@ TOKENS         =
 SCHEDULE       = static
 SELECTOR       = flowcut
 PRECISION      = fp16
+VISION_PRECISION =
+CALIBRATION    =
+STAGES         = 1
 BACKEND        = auto
 DECODER_LAYERS =
 IMAGE          =
@@ -34,7 +37,10 @@ Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
   SCHEDULE=$(SCHEDULE)      static, masked, or a schedule in a FILE.json
   SELECTOR=$(SELECTOR)     what chooses the patches: flowcut; less a part: no-history, no-semantic, no-strength; or
                        with SCHEDULE=static: cls (attention of the last layer alone), grid, random-SEED
-  PRECISION=$(PRECISION)       fp16; fp32 with BACKEND=ort
+  PRECISION=$(PRECISION)       fp16, bf16; int8 or int4 weights; fp8 (sm89 and later); fp32 with BACKEND=ort
+  VISION_PRECISION=    the vision tower's, if not PRECISION; empty: int8 where PRECISION is int4
+  CALIBRATION=         a file of `flowcut calibrate quantize`, for int4 and fp8; empty: the checkpoint's own, if any
+  STAGES=$(STAGES)             graphs that the decoder is split into, so that compiling takes less memory
   BACKEND=$(BACKEND)         rtx (TensorRT-RTX), trt (TensorRT), ort (ONNX Runtime); auto: trt where it is installed and
                        a GPU is present, else rtx
   DECODER_LAYERS=      build only the first so many decoder layers; empty: all
@@ -76,11 +82,14 @@ help:
 engine: export FLOWCUT_MODEL := $(value MODEL)
 engine: export FLOWCUT_SCHEDULE := $(value SCHEDULE)
 engine: export FLOWCUT_SELECTOR := $(value SELECTOR)
+engine: export FLOWCUT_CALIBRATION := $(value CALIBRATION)
 engine: export FLOWCUT_IMAGE := $(value IMAGE)
 engine: export FLOWCUT_QUESTION := $(value QUESTION)
 engine: $(ENGINE)
 	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) \
 	  --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" --precision $(PRECISION) --backend $(BACKEND) \
+	  $(addprefix --vision-precision ,$(VISION_PRECISION)) --stages $(STAGES) \
+	  $${FLOWCUT_CALIBRATION:+--calibration "$$FLOWCUT_CALIBRATION"} \
 	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \
 	  $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"} $(ARGS)
 

@@ -30,19 +30,9 @@ from engines.progress import Phases
 from flowcut.contract import GraphContract
 from flowcut.errors import EngineError, FlowCutError
 
-__all__ = ["BuildReport", "build_engine", "check_precision"]
+__all__ = ["BuildReport", "build_engine"]
 
 LOG = logging.getLogger("flowcut.tensorrt")
-
-
-def check_precision(backend: str, precision: str) -> None:
-    """Refuse fp32 for rtx and trt before anything is exported or parsed."""
-    if backend != "ort" and precision == "fp32":
-        raise EngineError(
-            f"precision must be fp16 for backend {backend}, got 'fp32': TensorRT-RTX has no float32 attention kernel "
-            'with a KV cache (it reports "not decomposable"), and TensorRT is not known to have one. '
-            "Use PRECISION=fp16, or BACKEND=ort for fp32."
-        )
 
 
 def build_engine(

@@ -15,7 +15,7 @@ from engines.pipeline import BuildSettings, build_directory, token_count
 from engines.runtime import LlavaEngine, load_engine
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import MANIFEST, Manifest, read_manifest
-from flowcut.config import Precision, VisionConfig
+from flowcut.config import Precision
 from flowcut.deps import require
 from flowcut.errors import ConfigError
 from flowcut.prompt import question_prompt
@@ -182,9 +182,9 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
             f"{settings.target}` builds an engine directory, which other backends run."
         )
     if backend == "torch" and settings.precision not in (None, "fp32"):
-        raise ConfigError(f"precision must be fp32 with torch, got {settings.precision!r}. --backend ort takes fp16.")
+        raise ConfigError(f"precision must be fp32 with torch, got {settings.precision!r}. --backend ort has others.")
     model = resolve(settings.target)
-    schedules = _schedules(settings, backend, model.config.vision)
+    schedules = _schedules(settings, backend, model)
     subject = Subject(
         model=model.name,
         note=model.note,
@@ -205,12 +205,13 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
     return subject, _exported(settings, schedules, progress)
 
 
-def _schedules(settings: EvalSettings, backend: str, vision: VisionConfig) -> list[Schedule]:
+def _schedules(settings: EvalSettings, backend: str, model: Model) -> list[Schedule]:
+    vision = model.config.vision
     tokens = token_count(settings.tokens, vision.patches)
     name = settings.schedule or default_schedule(settings.selector, backend)
     seeded = settings.selector == RANDOM and tokens < vision.patches
     several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if seeded else [settings.selector]
-    return [make_schedule(name, vision, tokens, one) for one in several]
+    return [make_schedule(name, vision, tokens, one, model.weights) for one in several]
 
 
 def _loaded(name: str, engine: LlavaEngine) -> Answerers:

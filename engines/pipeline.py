@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 from engines.backends import Backend, built_for, check_build, resolve_backend, trt_module
-from engines.build import BuildReport, build_engine, check_precision
+from engines.build import BuildReport, build_engine
+from engines.numerics import CALIBRATION, Numerics, build_targets, check_precision, choose_numerics, weight_bytes
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import (
     Manifest,
@@ -31,9 +32,8 @@ from flowcut.artifacts import (
     timestamp,
     write_manifest,
 )
-from flowcut.checkpoint import expected_tensors
 from flowcut.config import Precision
-from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
+from flowcut.contract import GraphContract, Limits, language_contracts, vision_contract
 from flowcut.deps import require
 from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
@@ -61,6 +61,9 @@ class BuildSettings:
         tokens: patches kept per picture, an int or "all".
         schedule: "static", "masked" or the name of a schedule .json file.
         selector: what chooses the patches; None: what the schedule file says, else "flowcut".
+        precision: of the decoder; vision_precision: None takes engines.numerics' default.
+        calibration: a file of `flowcut calibrate quantize`, "none", or None for the checkpoint's own if it has one.
+        stages: graphs, of consecutive layers, that the decoder is split into.
         out: the directory to make; None: `out_root`/<model>-<tokens>-<selector>-<precision>-<backend>, without the
             selector where that is "flowcut".
     """
@@ -72,6 +75,9 @@ class BuildSettings:
     schedule: str = "static"
     selector: str | None = None
     precision: Precision = "fp16"
+    vision_precision: Precision | None = None
+    calibration: str | None = None
+    stages: int = 1
     backend: str = "auto"
     decoder_layers: int | None = None
     max_batch: int = 4
@@ -105,13 +111,17 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
         EngineError: the compiler, the disk or the target directory.
     """
     backend = resolve_backend(settings.backend)
-    check_precision(backend, settings.precision)
     check_build(backend, settings.compute_capabilities)
+    precisions = {settings.precision, settings.vision_precision or settings.precision}
+    check_precision(backend, precisions, settings.compute_capabilities)
     require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     tokens = token_count(settings.tokens, model.config.vision.patches)
-    schedule = make_schedule(settings.schedule, model.config.vision, tokens, settings.selector)
+    schedule = make_schedule(settings.schedule, model.config.vision, tokens, settings.selector, model.weights)
     check_fixed_shapes(schedule)
+    numerics, calibration = choose_numerics(
+        model, backend, settings.precision, settings.vision_precision, settings.stages, settings.calibration
+    )
     limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
     tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)
     if check is not None:
@@ -119,19 +129,22 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
     target = settings.out or settings.out_root / _directory_name(model.name, schedule, settings.precision, backend)
     check_replaceable(target)
-    weight_bytes = _weight_bytes(model, settings.precision)
-    check_space(target, weight_bytes + SETTINGS_BYTES + (0 if backend == "ort" else weight_bytes + CODE_BYTES))
+    needed = weight_bytes(model.config, numerics)
+    check_space(target, needed + SETTINGS_BYTES + (0 if backend == "ort" else needed + CODE_BYTES))
+    targets = build_targets(backend, {numerics.precision, numerics.vision}, settings.compute_capabilities)
 
     replaced = _standing(target)
     seconds: dict[str, float] = {}
     with publish(target) as directory:
-        contracts = export_graphs(model, schedule, settings.precision, limits, directory, seconds, progress)
+        contracts = export_graphs(model, schedule, numerics, limits, directory, seconds, progress)
         reports = {}
         if backend != "ort":
-            reports = _compile(directory, contracts, backend, settings.compute_capabilities, seconds, progress)
+            reports = _compile(directory, contracts, backend, targets, seconds, progress)
         shutil.copyfile(model.tokenizer, directory / "tokenizer.json")
+        if calibration is not None:
+            shutil.copyfile(calibration, directory / CALIBRATION)
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
-        manifest = write_manifest(directory, _manifest(settings, model, schedule, limits, backend, seconds))
+        manifest = write_manifest(directory, _manifest(settings, model, schedule, numerics, limits, targets, seconds))
     return Built(target, manifest, reports, "" if replaced == _summary(manifest) else replaced)
 
 
@@ -153,7 +166,10 @@ def _summary(manifest: Manifest) -> str:
     layers = manifest.geometry.text.num_hidden_layers
     weights = manifest.note or f"checkpoint {manifest.source_sha256[:8]}"
     chosen = selector_note(manifest.schedule)
-    return f"{weights}, schedule {manifest.schedule['kind']}{chosen}, {layers} decoder layers"
+    rest = [f"{manifest.stages} stages"] * (manifest.stages > 1)
+    rest += [f"vision {manifest.vision_precision}"] * (manifest.vision_precision != manifest.precision)
+    rest += ["calibrated"] * bool(manifest.calibration)
+    return ", ".join([f"{weights}, schedule {manifest.schedule['kind']}{chosen}", f"{layers} decoder layers", *rest])
 
 
 def token_count(tokens: int | str | None, patches: int) -> int:
@@ -166,25 +182,28 @@ def token_count(tokens: int | str | None, patches: int) -> int:
 def export_graphs(
     model: Model,
     schedule: Schedule,
-    precision: Precision,
+    numerics: Numerics,
     limits: Limits,
     directory: Path,
     seconds: dict[str, float],
     progress: Progress,
 ) -> Sequence[GraphContract]:
-    """Write vision.onnx and language.onnx with their weights; returns their contracts."""
+    """Write vision.onnx and the decoder's graphs with their weights; returns their contracts."""
     from export.language import language_model
     from export.vision import vision_model
 
-    metadata = graph_metadata(model, schedule, precision)
-    vision = vision_contract(model.config, schedule.tokens, precision, limits)
-    language = language_contract(model.config, schedule.tokens, precision, limits)
+    own, eyes, config, tokens = numerics.precision, numerics.vision, model.config, schedule.tokens
+    weights = numerics.weights(model.weights)
+    vision = vision_contract(config, tokens, eyes, limits, own)
+    stages = language_contracts(config, tokens, own, limits, numerics.stages)
     with _timed(seconds, "export"):
-        tower = vision_model(model.weights, vision, schedule, precision, metadata)
+        metadata = graph_metadata(model, schedule, eyes)
+        tower = vision_model(weights, vision, schedule, eyes, metadata, ranges=numerics.ranges)
         save_graph(tower, directory / "vision.onnx", progress)
-        decoder = language_model(model.weights, language, precision, metadata)
-        save_graph(decoder, directory / "language.onnx", progress)
-    return vision, language
+        for stage in stages:
+            decoder = language_model(weights, stage, own, graph_metadata(model, schedule, own), numerics.ranges)
+            save_graph(decoder, directory / f"{stage.name}.onnx", progress)
+    return vision, *stages
 
 
 def graph_metadata(model: Model, schedule: Schedule, precision: str) -> dict[str, str]:
@@ -204,9 +223,9 @@ def save_graph(graph: ir.Model, path: Path, progress: Progress) -> None:
     from export.builder import save
 
     LOG.info("%s: export", path.stem)
-    task = progress.add_task(f"{path.stem}: export", total=None)
+    task, written = progress.add_task(f"{path.stem}: export", total=None), count(1)
     try:
-        save(graph, path, lambda _, index, total: progress.update(task, completed=index + 1, total=total))
+        save(graph, path, lambda _, __, total: progress.update(task, completed=next(written), total=total))
     except OSError as error:
         raise _explained(error, path) from error
     finally:
@@ -269,19 +288,16 @@ def _versions(backend: Backend) -> dict[str, str]:
     return installed_versions() | {library.__name__: str(library.__version__)}
 
 
-def _weight_bytes(model: Model, precision: str) -> int:
-    elements = sum(prod(shape) for shape in expected_tensors(model.config).values())
-    return elements * (4 if precision == "fp32" else 2)
-
-
 def _manifest(
     settings: BuildSettings,
     model: Model,
     schedule: Schedule,
+    numerics: Numerics,
     limits: Limits,
-    backend: Backend,
+    targets: Sequence[str],
     seconds: dict[str, float],
 ) -> Manifest:
+    backend = resolve_backend(settings.backend)
     return Manifest(
         model=model.name,
         source=_source(settings.model),
@@ -291,11 +307,14 @@ def _manifest(
         geometry=model.config,
         tokens=schedule.tokens,
         schedule=schedule.to_dict(),
-        precision=settings.precision,
+        precision=numerics.precision,
+        vision_precision=numerics.vision,
+        stages=numerics.stages,
+        calibration=numerics.record(),
         backend=backend,
         limits=limits,
         versions=_versions(backend),
-        compute_capabilities=built_for(backend, settings.compute_capabilities),
+        compute_capabilities=built_for(backend, targets),
         created=timestamp(),
         seed=settings.seed if model.weights.random else 0,
         build_seconds={name: round(value, 2) for name, value in seconds.items()},

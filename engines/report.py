@@ -35,8 +35,8 @@ def built(console: Console, result: Built) -> None:
     for name, record in sorted(result.manifest.files.items()):
         table.add_row(name, _size(record.bytes))
     console.print(table)
-    seconds = result.manifest.build_seconds
-    for name, value in seconds.items():
+    console.print(f"precision: {_precision(result.manifest)}")
+    for name, value in result.manifest.build_seconds.items():
         console.print(f"{name}: {value:.1f} s{_compiled(name, result)}")
     _say_note(console, result.manifest)
 
@@ -98,11 +98,12 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
         "visual tokens": f"{manifest.tokens} of {vision.patches} patches",
         "schedule": f"{manifest.schedule['kind']} {', '.join(map(str, manifest.schedule['counts']))}"
         + selector_note(manifest.schedule),
-        "precision": manifest.precision,
+        "precision": _precision(manifest),
         "compiled for": "ONNX Runtime" if manifest.backend == "ort" else f"{LIBRARIES[manifest.backend]}, {targets}",
         "vision": f"{vision.num_hidden_layers} layers, width {vision.hidden_size}, {vision.image_size} px in patches "
         f"of {vision.patch_size}",
-        "language": f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}",
+        "language": f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"
+        + f", {manifest.stages} stages" * (manifest.stages > 1),
         "at once": f"{limits.max_batch} prompts, {limits.max_images} pictures",
         "longest": f"prompt {limits.max_prompt} tokens, answer {limits.max_new_tokens} tokens",
         "built": f"{manifest.created} in {sum(manifest.build_seconds.values()):.1f} s",
@@ -115,6 +116,15 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
     for name, record in sorted(manifest.files.items()):
         table.add_row(name, _size(record.bytes))
     console.print(table)
+
+
+def _precision(manifest: Manifest) -> str:
+    """Of both graphs, with how it came about where there is a choice."""
+    calibrated = f", calibrated on {manifest.calibration['pictures']} pictures" if manifest.calibration else ""
+    nearest = (
+        ", rounded to nearest" if not calibrated and "int4" in (manifest.precision, manifest.vision_precision) else ""
+    )
+    return f"decoder {manifest.precision}, vision {manifest.vision_precision}{calibrated}{nearest}"
 
 
 def _compiled(stage: str, result: Built) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import flowcut
+from flowcut.arguments_calibrate import add_calibrate
+from flowcut.arguments_shared import add_model, add_selector, command, tokens
+from flowcut.config import Precision
 
+PRECISIONS = get_args(Precision)
 QUESTION = "What color is the circle?"
 EXAMPLES = """examples:
   flowcut engine llava-tiny --ask
@@ -15,6 +19,7 @@ EXAMPLES = """examples:
   flowcut run build/llava-tiny-16-fp16-rtx --image cat.jpg --question "What is this?"
   flowcut prune llava-tiny --image cat.jpg --tokens 16 --overlay kept.png
   flowcut eval llava-tiny --tokens 16 --selector cls
+  flowcut calibrate schedule llava-tiny --images photos --tokens 16 --out schedule.json
   flowcut plugin --target 86 90
 
 The last line on stdout is one JSON object; `flowcut COMMAND --help` names its keys.
@@ -38,65 +43,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flowcut.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = (_add_engine, _add_export, _add_prune, _add_run, _add_eval, _add_verify, _add_inspect, _add_plugin)
-    for add in adders:
+    adders = (_add_engine, _add_export, _add_prune, _add_run, _add_eval, add_calibrate)
+    for add in (*adders, _add_verify, _add_inspect, _add_plugin):
         add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, summary: str, details: str, keys: str = "") -> argparse.ArgumentParser:
-    """A subcommand. `keys` are those of its line of JSON."""
-    epilog = f"The last line on stdout is JSON with the keys {keys}." if keys else None
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}", epilog=epilog
-    )
-    parser.set_defaults(command=name)
-    parser.add_argument("-v", "--verbose", action="count", default=0, help="log what is done; twice: everything")
-    return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "model",
-        metavar="MODEL",
-        help="llava-tiny, llava-1.5-7b, llava-1.5-13b, or a directory in the Hugging Face llava format",
-    )
-    add(
-        "--weights",
-        choices=["auto", "random"],
-        default="auto",
-        help="random: seeded weights at MODEL's true geometry, nothing is downloaded (default: auto)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of random weights (default: 0)")
-    add(
-        "--tokens",
-        type=_tokens,
-        metavar="K",
-        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576)",
-    )
-
-
-def _add_selector(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--selector",
-        metavar="NAME",
-        help="what chooses the patches: flowcut; FlowCut less a part, no-history, no-semantic or no-strength; or once, "
-        "after the last layer: cls (by that layer's attention alone), grid or random-SEED, which need no picture. "
-        "These three take the schedule static only (default: flowcut)",
-    )
-
-
 def _add_engine(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "engine",
         "export MODEL, compile it and write an engine directory",
         "The directory holds two ONNX graphs, the engines compiled from them, tokenizer, preprocessor settings and a "
         "manifest. It appears when it is complete, or not at all.",
-        "directory, note, build_seconds and engine_bytes; with --ask also those of `flowcut run`",
+        "directory, note, build_seconds, weight_bytes and engine_bytes; with --ask also those of `flowcut run`",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument(
         "--backend",
         choices=["auto", "rtx", "trt", "ort"],
@@ -115,23 +77,45 @@ def _add_engine(commands: Any) -> None:
 
 
 def _add_export(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "export",
         "write MODEL's two ONNX graphs as a directory for ONNX Runtime",
         "The same as `flowcut engine --backend ort`.",
-        "directory, note, build_seconds and engine_bytes; with --ask also those of `flowcut run`",
+        "directory, note, build_seconds, weight_bytes and engine_bytes; with --ask also those of `flowcut run`",
     )
     parser.set_defaults(backend="ort", compute_capability=[])
-    _add_model(parser)
+    add_model(parser)
     _add_build(parser)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--schedule", default="static", help="static, masked or a FILE.json (default: static)")
-    _add_selector(parser)
-    add("--precision", choices=["fp16", "fp32"], default="fp16", help="fp32: ONNX Runtime only (default: fp16)")
+    add_selector(parser)
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp16",
+        help="of the decoder, and of the vision tower but for int4, whose tower is int8 (fp16 with trt). fp32: ONNX "
+        "Runtime only; int8, int4: weights; fp8: weights and activations, sm89 and later, takes a calibration "
+        "(default: fp16)",
+    )
+    add("--vision-precision", choices=PRECISIONS, help="of the vision tower and the projector (default: see above)")
+    add(
+        "--calibration",
+        metavar="FILE.safetensors",
+        help="what `flowcut calibrate quantize` wrote: scales for int4, ranges for fp8; or 'none', with which int4 is "
+        "rounded to nearest (default: calibration.safetensors beside the checkpoint, if there is one)",
+    )
+    add(
+        "--stages",
+        type=int,
+        default=1,
+        metavar="N",
+        help="split the decoder into N graphs of consecutive layers, each compiled on its own, which takes less memory "
+        "(default: 1)",
+    )
     add("--decoder-layers", type=int, metavar="N", help="build only the first N decoder layers (to fit memory)")
     add("--max-batch", type=int, default=4, metavar="N", help="prompts at once (default: 4)")
     add("--max-images", type=int, default=4, metavar="N", help="pictures at once, of all prompts (default: 4)")
@@ -168,14 +152,14 @@ def _add_question(parser: argparse.ArgumentParser) -> Any:
 
 
 def _add_prune(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "prune",
         "show which patches of a picture survive",
         "Runs the vision tower alone, in float32.",
         "kept, counts, schedule, note and written",
     )
-    _add_model(parser)
+    add_model(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)"
@@ -183,7 +167,7 @@ def _add_prune(commands: Any) -> None:
     source.add_argument("--pixels", type=Path, metavar="FILE.npy", help="preprocessed pixel_values [B, 3, S, S]")
     add = parser.add_argument
     add("--schedule", help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal)")
-    _add_selector(parser)
+    add_selector(parser)
     add(
         "--backend",
         choices=["torch", "ort"],
@@ -200,7 +184,7 @@ def _add_prune(commands: Any) -> None:
 
 
 def _add_run(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "run",
         "ask an engine a question about a picture",
@@ -220,7 +204,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "eval",
         "count right answers to questions about rendered scenes",
@@ -233,7 +217,7 @@ def _add_eval(commands: Any) -> None:
     add("target", metavar="ENGINE_DIR|MODEL", help="an engine directory; or llava-tiny or another checkpoint")
     add(
         "--tokens",
-        type=_tokens,
+        type=tokens,
         metavar="K",
         help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches)",
     )
@@ -255,7 +239,7 @@ def _add_eval(commands: Any) -> None:
         help="of a checkpoint torch, or ort, which exports it for the occasion; of a directory what it was built for, "
         "or ort (default: auto = torch; the directory's own, ort where that cannot run)",
     )
-    add("--precision", choices=["fp16", "fp32"], help="of a checkpoint; fp16: ort only (default: fp32)")
+    add("--precision", choices=PRECISIONS, help="of a checkpoint; others than fp32: ort only (default: fp32)")
     add("--split", choices=["test", "val"], default="test", help="which scenes (default: test)")
     add("--scenes", type=int, metavar="N", help="the first N of them (default: 400, or as --questions takes)")
     add("--questions", type=int, metavar="N", help="stop after exactly N questions (default: all, six a scene at most)")
@@ -264,7 +248,7 @@ def _add_eval(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "verify",
         "compare torch, ONNX Runtime and TensorRT on an engine's graphs",
@@ -278,7 +262,7 @@ def _add_verify(commands: Any) -> None:
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "inspect",
         "say what an engine directory is",
@@ -289,7 +273,7 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_plugin(commands: Any) -> None:
-    parser = _command(
+    parser = command(
         commands,
         "plugin",
         "tell about TensorRT's kernels for the scoring step, and verify them",
@@ -330,12 +314,3 @@ def _compute_capability(text: str) -> int:
         return int(text.removeprefix("sm").removeprefix("_").replace(".", "", 1))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a compute capability such as 86 or sm86, got {text!r}") from None
-
-
-def _tokens(text: str) -> int | str:
-    if text == "all":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or 'all', got {text!r}") from None

@@ -18,10 +18,10 @@ import flowcut
 from flowcut.atomic import check_space as check_space
 from flowcut.atomic import replacing
 from flowcut.config import LlavaConfig, Precision
-from flowcut.contract import Limits
+from flowcut.contract import Limits, stage_names
 from flowcut.errors import ConfigError, EngineError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 _DISTRIBUTIONS = (
     *("numpy", "tokenizers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu"),
@@ -48,6 +48,8 @@ class Manifest:
     """What an engine directory is, what it was made from, and every file in it but manifest.json itself.
 
     source is the alias or directory of the checkpoint: a hint, to be checked by source_sha256.
+    precision is the decoder's, stages the number of graphs it is split into; calibration says which one int4 or fp8 was
+    given (its copy is in the directory) and is empty where none was used.
     source_sha256 identifies the weights, seed is that of random ones; note is for people; schedule is the pruning
     schedule as data; compute_capabilities are what the engines were compiled for ("sm86"), none for `ort`; created is
     UTC in ISO 8601; files maps a path relative to the directory, with `/`, to its record.
@@ -62,6 +64,9 @@ class Manifest:
     tokens: int
     schedule: Mapping[str, Any]
     precision: Precision
+    vision_precision: Precision
+    stages: int
+    calibration: Mapping[str, Any]
     backend: Literal["rtx", "trt", "ort"]
     limits: Limits
     versions: Mapping[str, str]
@@ -77,8 +82,15 @@ class Manifest:
             raise ConfigError(f"schema must be {SCHEMA}, got {self.schema}.")
         if not 1 <= self.tokens <= self.geometry.vision.patches:
             raise ConfigError(f"tokens must be in 1..{self.geometry.vision.patches}, got {self.tokens}.")
+        if not 1 <= self.stages <= self.geometry.text.num_hidden_layers:
+            raise ConfigError(f"stages must be in 1..{self.geometry.text.num_hidden_layers}, got {self.stages}.")
         if self.backend == "ort" and self.compute_capabilities:
             raise ConfigError(f"compute_capabilities must be empty for ort, got {list(self.compute_capabilities)}.")
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graphs, which are those of their files, in the order they run."""
+        return ("vision", *stage_names(self.stages))
 
     def to_json(self) -> str:
         """The one canonical text of this manifest: keys sorted, two spaces, newline at the end."""

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except FlowCutError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted" + ("; nothing half-written was left behind." if arguments.command in BUILDERS else "."))
+        _fail("interrupted" + _after_interruption(arguments.command))
     except MemoryError as error:
         _fail(f"memory must be enough for this, got too little ({error}). Fewer decoder layers or pictures take less.")
     except BrokenPipeError:
@@ -70,6 +70,12 @@ def _prepare_process(verbosity: int) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up as after Ctrl-C
 
 
+def _after_interruption(command: str) -> str:
+    if command in BUILDERS:
+        return "; nothing half-written was left behind."
+    return "; the same command continues." if command.startswith("calibrate") else "."
+
+
 def _fail(message: str) -> NoReturn:
     _complain(message)
     sys.exit(1)
@@ -92,6 +98,9 @@ def _engine(arguments: argparse.Namespace) -> Result:
         schedule=arguments.schedule,
         selector=arguments.selector,
         precision=arguments.precision,
+        vision_precision=arguments.vision_precision,
+        calibration=arguments.calibration,
+        stages=arguments.stages,
         backend=arguments.backend,
         decoder_layers=arguments.decoder_layers,
         max_batch=arguments.max_batch,
@@ -112,6 +121,7 @@ def _engine(arguments: argparse.Namespace) -> Result:
         "directory": str(result.directory),
         "note": result.manifest.note,
         "build_seconds": dict(result.manifest.build_seconds),
+        "weight_bytes": {name: r.weight_bytes for name, r in result.reports.items()},
         "engine_bytes": {name: r.engine_bytes for name, r in result.reports.items()},
     }
     if question is None:
@@ -199,6 +209,54 @@ def _eval(arguments: argparse.Namespace) -> Result:
     return result.to_dict()
 
 
+def _calibrate_schedule(arguments: argparse.Namespace) -> Result:
+    from calib.report import calibrated
+    from calib.schedule import ScheduleSettings, calibrate_schedule
+    from engines.progress import terminal_progress
+
+    settings = ScheduleSettings(
+        model=arguments.model,
+        images=arguments.images,
+        out=arguments.out,
+        random=arguments.weights == "random",
+        seed=arguments.seed,
+        tokens=arguments.tokens,
+        choose=arguments.choose,
+        selector=arguments.selector,
+        limit=arguments.limit,
+        threads=arguments.threads,
+    )
+    with terminal_progress() as progress:
+        result = calibrate_schedule(settings, progress)
+    calibrated(_console(), result)
+    return result.to_dict()
+
+
+def _calibrate_quantize(arguments: argparse.Namespace) -> Result:
+    from calib.quantize import QuantizeSettings, calibrate_quantize
+    from calib.quantize_report import quantized
+    from engines.progress import terminal_progress
+
+    settings = QuantizeSettings(
+        model=arguments.model,
+        images=arguments.images,
+        out=arguments.out,
+        random=arguments.weights == "random",
+        seed=arguments.seed,
+        tokens=arguments.tokens,
+        schedule=arguments.schedule,
+        precision=arguments.precision,
+        questions=tuple(arguments.question),
+        limit=arguments.limit,
+        decoder_layers=arguments.decoder_layers,
+        threads=arguments.threads,
+    )
+    with terminal_progress() as progress:
+        result = calibrate_quantize(settings, progress)
+    quantized(_console(), result)
+    return result.to_dict()
+
+
 def _verify(arguments: argparse.Namespace) -> Result:
     from engines.verify import print_report, verify
 
@@ -252,6 +310,8 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "prune": _prune,
     "run": _run,
     "eval": _eval,
+    "calibrate schedule": _calibrate_schedule,
+    "calibrate quantize": _calibrate_quantize,
     "verify": _verify,
     "inspect": _inspect,
     "plugin": _plugin,

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from rich.progress import Progress
 
 from engines.backends import gpu_present
-from engines.build import build_engine, check_precision
+from engines.build import build_engine
 from engines.compiler import BuildRequest, compile_engine
 from engines.flow_score.launch import COMBINE, LOGITS, Variant
 from export.builder import save as save_model
@@ -272,15 +272,6 @@ def test_full_tensorrt_without_a_gpu_names_the_other_backends(
     monkeypatch.setattr("engines.backends.trt_module", lambda backend: SimpleNamespace())  # is it installed or not
     with pytest.raises(EngineError, match=r"GPU.*BACKEND=rtx.*BACKEND=ort"):
         build_engine(*paths, GraphContract("g", (), ()), "trt")
-
-
-def test_only_rtx_refuses_fp32() -> None:
-    with pytest.raises(EngineError, match=r"precision must be fp16 for backend rtx, got 'fp32'.*not decomposable"):
-        check_precision("rtx", "fp32")
-    with pytest.raises(EngineError, match="backend trt, got"):
-        check_precision("trt", "fp32")
-    check_precision("rtx", "fp16")
-    check_precision("ort", "fp32")
 
 
 class FakeTensorRT:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from flowcut.artifacts import (
     MANIFEST,
+    SCHEMA,
     FileRecord,
     Manifest,
     check_files,
@@ -38,7 +39,10 @@ MANIFEST_OF_7B = Manifest(
     geometry=LlavaConfig(VisionConfig(), TextConfig(vocab_size=32064), eos_token_ids=(2, 7)),
     tokens=64,
     schedule={"kind": "static", "keep": [576, 300, 64]},
-    precision="fp16",
+    precision="int4",
+    vision_precision="int8",
+    stages=2,
+    calibration={"sha256": "0" * 64, "pictures": 32},
     backend="rtx",
     limits=Limits(max_batch=2),
     versions={"python": "3.11.7"},
@@ -139,8 +143,10 @@ def test_any_value_of_the_wrong_kind_is_an_engine_error_or_a_manifest(key: str, 
 
 
 def test_another_schema_is_refused_before_its_keys_are_looked_at(target: Path) -> None:
-    with pytest.raises(EngineError, match="schema must be 1, got 2: the directory was built by another version"):
-        Manifest.from_json('{"schema": 2, "new": 1}')
+    with pytest.raises(
+        EngineError, match=f"schema must be {SCHEMA}, got {SCHEMA + 1}: the directory was built by another version"
+    ):
+        Manifest.from_json(json.dumps({"schema": SCHEMA + 1, "new": 1}))
 
 
 def test_a_directory_that_is_no_engine_says_what_to_do(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Precisions, calibration and stages: what is chosen, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from engines import numerics as module
+from engines.numerics import Numerics, build_targets, check_precision, choose_numerics, weight_bytes
+from engines.pipeline import BuildSettings, build_directory
+from engines.progress import terminal_progress
+from flowcut.aliases import Model, resolve
+from flowcut.config import Precision
+from flowcut.errors import ConfigError, EngineError
+from flowcut.tensors import expected_tensors
+
+
+@pytest.fixture
+def random_tiny() -> Model:
+    """llava-tiny's geometry; a random checkpoint has no calibration of its own."""
+    return resolve("llava-tiny", random=True)
+
+
+def test_only_onnx_runtime_takes_fp32() -> None:
+    with pytest.raises(EngineError, match=r"precision must be fp16 for backend rtx, got 'fp32'.*not decomposable"):
+        check_precision("rtx", {"fp32"})
+    with pytest.raises(EngineError, match="backend trt, got"):
+        check_precision("trt", {"fp16", "fp32"})
+    check_precision("rtx", {"fp16"})
+    check_precision("ort", {"fp32"})
+
+
+def test_a_gpu_without_fp8_is_refused_with_the_precisions_that_it_has() -> None:
+    with pytest.raises(EngineError, match=r"one of fp16, bf16, int8, int4 on sm80, sm86, got 'fp8'.*from sm89 on"):
+        check_precision("rtx", {"fp8"}, ("sm80", "SM86", "sm89"))
+    check_precision("rtx", {"fp8"}, ("sm89", "sm120"))
+    check_precision("rtx", {"int4", "int8", "bf16"}, ("sm80",))
+    check_precision("ort", {"fp8"})
+
+
+def test_for_tensorrt_the_gpu_present_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gpu_sm", lambda: 80)
+    with pytest.raises(EngineError, match="on sm80, got 'fp8'"):
+        check_precision("trt", {"fp8"})
+    monkeypatch.setattr(module, "gpu_sm", lambda: 90)
+    check_precision("trt", {"fp8"})
+
+
+def test_fp8_is_compiled_for_the_gpus_that_have_it_where_none_is_named() -> None:
+    targets = build_targets("rtx", {"fp8"}, ())
+    assert "sm89" in targets
+    assert all(int(name.removeprefix("sm")) >= 89 for name in targets)
+    assert build_targets("rtx", {"fp8"}, ("sm120",)) == ("sm120",)
+    assert build_targets("rtx", {"fp16", "int4"}, ()) == build_targets("ort", {"fp8"}, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "backend", "vision"),
+    [
+        ("int4", None, "rtx", "int8"),
+        ("int4", None, "ort", "int8"),
+        ("int4", None, "trt", "fp16"),
+        ("int4", "int4", "rtx", "int4"),
+        ("int8", None, "rtx", "int8"),
+        ("fp16", "int8", "rtx", "int8"),
+    ],
+)
+def test_the_vision_tower_has_the_decoders_precision_but_for_int4(
+    precision: Precision, given: Precision | None, backend: module.Backend, vision: Precision, random_tiny: Model
+) -> None:
+    chosen, path = choose_numerics(random_tiny, backend, precision, given, 1, None)
+    assert (chosen.precision, chosen.vision, chosen.calibration, path) == (precision, vision, None, None)
+
+
+def test_fp8_without_a_calibration_says_how_to_make_one(random_tiny: Model) -> None:
+    for vision in (None, "fp16"):
+        with pytest.raises(ConfigError, match=r"calibration must be given.*flowcut calibrate quantize llava-tiny"):
+            choose_numerics(random_tiny, "rtx", "fp8", vision, 1, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stages", [0, 5])
+def test_stages_are_at_most_the_layers(stages: int, random_tiny: Model) -> None:
+    with pytest.raises(ConfigError, match=rf"stages must be in 1\.\.4 \(layers\), got {stages}"):
+        choose_numerics(random_tiny, "ort", "fp16", None, stages, None)
+
+
+def test_int4_is_refused_for_layers_that_no_block_divides(random_tiny: Model) -> None:
+    odd = replace(random_tiny.config, text=replace(random_tiny.config.text, intermediate_size=200))
+    with pytest.raises(ConfigError, match=r"must be a multiple of 64, got 200"):
+        choose_numerics(replace(random_tiny, config=odd), "ort", "int4", None, 1, None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_predicted_bytes_are_those_that_are_written_but_for_the_towers_unused_layer(
+    precision: Precision, tmp_path: Path
+) -> None:
+    settings = BuildSettings("llava-tiny", random=True, precision=precision, backend="ort", out=tmp_path / "e")
+    with terminal_progress() as progress:
+        manifest = build_directory(settings, progress).manifest
+    written = sum(r.bytes for name, r in manifest.files.items() if name.endswith(".data"))
+    predicted = weight_bytes(manifest.geometry, Numerics(precision, manifest.vision_precision))
+    shapes = expected_tensors(manifest.geometry)
+    unused = sum(prod(shape) for name, shape in shapes.items() if ".layers.11." in name or "post_layernorm" in name)
+    assert written <= predicted <= written * 1.05 + 4 * unused
