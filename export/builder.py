@@ -70,15 +70,9 @@ class GraphBuilder:
             self._add_initializer(key, ir.tensor(array, name=key))
         return self._initializers[key]
 
-    def weight(self, weights: Weights, name: str, precision: str, transpose: bool = False) -> ir.Value:
-        """A checkpoint tensor in `precision`, loaded when the file is written. [out, in] -> [in, out] on request."""
-        shape = expected_tensors(weights.config)[name]
-
-        def load() -> np.ndarray[Any, Any]:
-            array = weights.load(name)
-            return array.T if transpose else array
-
-        return self.computed_weight(name, shape[::-1] if transpose else shape, precision, load)
+    def weight(self, weights: Weights, name: str, precision: str) -> ir.Value:
+        """A checkpoint tensor in `precision`, loaded when the file is written."""
+        return self.computed_weight(name, expected_tensors(weights.config)[name], precision, lambda: weights.load(name))
 
     def computed_weight(
         self, name: str, shape: tuple[int, ...], precision: str, load: Callable[[], np.ndarray[Any, Any]]
@@ -92,7 +86,7 @@ class GraphBuilder:
 
         def convert() -> ir.Tensor[Any]:
             with np.errstate(over="ignore"):  # what follows says which tensor it was
-                array = np.ascontiguousarray(load().astype(dtype.numpy()))
+                array = np.ascontiguousarray(load().astype(dtype.numpy(), copy=False))
             check_finite(name, array, precision)
             return ir.Tensor(array, name=name)
 

@@ -23,7 +23,7 @@ from calib.rounding import Rounded, block_size, fp8_scale, round_weight
 from export.builder import GraphBuilder
 from flowcut.config import NUMPY_DTYPE, QUANTIZED
 from flowcut.errors import ConfigError
-from flowcut.tensors import Array, check_finite, expected_tensors
+from flowcut.tensors import Array, check_finite, expected_tensors, transposed
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
@@ -63,7 +63,7 @@ class Linear:
         name, inputs = _joined(parts), self._shapes[parts[0]][1]
         shape = (inputs, sum(self._shapes[part][0] for part in parts))
         if self._precision not in QUANTIZED:
-            return self._b.computed_weight(name, shape, self._precision, lambda: self._load(parts).T)
+            return self._b.computed_weight(name, shape, self._precision, lambda: transposed(self._load(parts)))
         return self._dequantized(name, shape, partial(self._load, parts))
 
     def _dequantized(self, name: str, shape: tuple[int, int], load: Callable[[], Array]) -> ir.Value:
@@ -107,13 +107,13 @@ class _Once:
     def values(self) -> ir.TensorProtocol:
         array = self._take("values")
         if self._precision != "int4":
-            return ir.Tensor(np.ascontiguousarray(array), name=self._name)
-        nibbles = np.ascontiguousarray(array).reshape(-1, 2).view(np.uint8) & 0xF  # two to a byte, the first below
+            return ir.Tensor(transposed(array.T), name=self._name)
+        nibbles = transposed(array.T).reshape(-1, 2).view(np.uint8) & 0xF  # two to a byte, the first below
         packed = nibbles[:, 0] | nibbles[:, 1] << 4
         return ir.PackedTensor(packed, ir.DataType.INT4, shape=array.shape, name=self._name)
 
     def scales(self) -> ir.TensorProtocol:
-        return ir.Tensor(self._take("scales"), name=f"{self._name}.scale")
+        return ir.Tensor(np.ascontiguousarray(self._take("scales")), name=f"{self._name}.scale")
 
     def _take(self, which: str) -> Array:
         with self._lock:

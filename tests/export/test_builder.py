@@ -69,12 +69,12 @@ def test_weights_are_written_beside_the_graph_in_its_precision(
     precision: Precision, dtype: str, tmp_path: Path
 ) -> None:
     b, weights, path = GraphBuilder("w"), CountedWeights(), tmp_path / "w.onnx"
-    y = b.op("Identity", b.weight(weights, f"{LINEAR}.weight", precision, transpose=True))
+    y = b.op("Identity", b.weight(weights, f"{LINEAR}.weight", precision))
     save(b.model(GraphContract("w", (), (TensorSpec("y", dtype, (16, 16)),)), {"y": y}, {}), path)
     assert (tmp_path / "w.onnx.data").stat().st_size == 16 * 16 * (4 if precision == "fp32" else 2)
     stored = ir.load(path).graph.initializers[f"{LINEAR}.weight"].const_value
     assert stored is not None
-    expected = weights.load(f"{LINEAR}.weight").T.astype(ir_dtype(dtype).numpy())
+    expected = weights.load(f"{LINEAR}.weight").astype(ir_dtype(dtype).numpy())
     np.testing.assert_array_equal(stored.numpy().astype(np.float32), expected.astype(np.float32))
 
 
