@@ -76,7 +76,8 @@ def choose_numerics(
 
     Args:
         vision: None: the decoder's, but int8 where that is int4, fp16 with TensorRT.
-        calibration: a file, "none", or None for the checkpoint's own where there is one.
+        calibration: a file, "none", or None for the checkpoint's own where there is one; that is of all its layers, so
+            not for fewer.
 
     Raises:
         ConfigError: a precision without the calibration or shapes it needs, or stages beyond the layers.
@@ -113,7 +114,8 @@ def _calibration_file(model: Model, calibration: str | None) -> Path | None:
     if calibration is not None:
         return Path(calibration).expanduser()
     own = model.files / CALIBRATION
-    return own if own.is_file() and not model.weights.random else None
+    whole = LlavaConfig.from_file(model.files / "config.json") == model.config
+    return own if own.is_file() and whole and not model.weights.random else None
 
 
 def _check_blocks(config: LlavaConfig, precision: Precision, vision: Precision) -> None:

@@ -22,7 +22,7 @@ FILES = {
 # Modules that are torch code, or code that writes ONNX, and what they may import at the top.
 TORCH_CODE = {f"flowcut.{name}" for name in ("language", "loading", "pruner", "scoring", "vision")}
 TORCH_CODE |= {f"flowcut.tiny.{name}" for name in ("decoder", "decoder_lesson", "tower", "tower_lesson", "training")}
-TORCH_CODE |= {"calib.tower", "engines.evaluate_torch"}
+TORCH_CODE |= {*(f"calib.{name}" for name in ("awq", "inputs", "measure", "tower")), "engines.evaluate_torch"}
 MAY_NEED = {name: {"torch", "triton"} for name in TORCH_CODE}
 ONNX_CODE = {f"export.{name}" for name in ("builder", "flow_score", "language", "linear", "pruning", "vision")}
 MAY_NEED |= {name: {"onnx", "onnx_ir", "ml_dtypes"} for name in ONNX_CODE}

@@ -1,0 +1,244 @@
+"""`flowcut calibrate quantize`: what int4 and fp8 need to know of a checkpoint, from pictures with prompts.
+
+Nothing in the file depends on when, where or in how many attempts it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from rich.progress import Progress
+
+from calib.calibration import Calibration, write_calibration
+from calib.dataset import Dataset, find_pictures
+from calib.groups import groups
+from calib.partial import Partial
+from calib.rounding import block_size
+from flowcut.aliases import Model, resolve
+from flowcut.artifacts import installed_versions
+from flowcut.deps import require
+from flowcut.errors import ConfigError, InputError
+from flowcut.preprocess import ImageSettings, pixel_values
+from flowcut.prompt import Tokenizer, question_prompt
+from flowcut.schedule import Schedule, default_tokens, make_schedule
+
+if TYPE_CHECKING:
+    from calib.measure import Measured, Sample
+
+LOG = logging.getLogger("flowcut.calib")
+Wanted = Literal["int4", "fp8", "all"]
+LIMIT = 32
+QUESTIONS = (
+    "What is in the picture?",
+    "What color is the largest thing?",
+    "How many things are there?",
+    "What is to the left of the center?",
+    "Describe the image in detail.",
+)
+"""A stand-in for what users ask; one for each picture in turn."""
+VERSIONS = ("python", "flowcut-trt", "torch", "numpy", "pillow", "tokenizers")
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """What to calibrate, on which pictures and prompts, and where to write it.
+
+    Attributes:
+        tokens: patches kept per picture, an int or "all"; None: 11.1% of them.
+        schedule: see flowcut.schedule.make_schedule.
+        precision: "int4" searches scales, "fp8" keeps ranges, "all" does both.
+        questions: put into LLaVA-1.5's template, one for each picture in turn; none: QUESTIONS.
+        limit: use the first N pictures by name.
+        threads: of PyTorch; None leaves it to choose.
+    """
+
+    model: str
+    images: Path
+    out: Path
+    random: bool = False
+    seed: int = 0
+    tokens: int | str | None = None
+    schedule: str = "static"
+    precision: Wanted = "all"
+    questions: tuple[str, ...] = ()
+    limit: int = LIMIT
+    decoder_layers: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Wanted):
+            raise ConfigError(f"precision must be one of {', '.join(get_args(Wanted))}, got {self.precision!r}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, got {self.threads}.")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was written, and where."""
+
+    out: Path
+    calibration: Calibration
+    file_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the last line of `flowcut calibrate quantize` holds."""
+        info = self.calibration.info
+        return {
+            "calibration": str(self.out),
+            "sha256": self.calibration.sha256,
+            "bytes": self.file_bytes,
+            "model": info["model"],
+            "note": info["note"],
+            "precision": info["precision"],
+            "pictures": len(info["pictures"]),
+            "skipped": len(info["skipped"]),
+            "tokens": info["tokens"],
+            "ranges": len(self.calibration.ranges),
+            "scales": len(self.calibration.scales),
+            "error": {part: _means(info["errors"], part) for part in ("vision", "language") if info["errors"]},
+        }
+
+
+def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quantized:
+    """Measure, then write the file. An interrupted run is resumed by the same call.
+
+    Raises:
+        ConfigError, CheckpointError, InputError: a setting, checkpoint, picture or question that does not fit.
+        EngineError: the disk. FlowCutError: PyTorch is not installed.
+    """
+    _check_out(settings.out)
+    require("torch", extra="torch")
+    model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
+    if settings.precision != "fp8":
+        _check_blocks(model)
+    schedule = _schedule(model, settings)
+    image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
+    prompts = settings.questions or QUESTIONS
+    dataset = find_pictures(
+        settings.images, settings.limit, progress, lambda image: pixel_values([image], image_settings)
+    )
+    samples = _samples(model, dataset, prompts, schedule.tokens)
+    origin = _origin(model, settings, dataset, prompts, schedule)
+    inputs = _digest([model.weights.sha256, image_settings.to_dict(), origin])
+    partial = Partial(settings.out.with_name(f".{settings.out.name}.partial"), inputs)
+    measured = _measure(model, settings, samples, schedule, image_settings, partial, progress)
+    info = {**origin, "errors": measured.errors, "tokens": _tokens(samples, schedule)}
+    ranges = {} if settings.precision == "int4" else measured.ranges
+    calibration = write_calibration(settings.out, model.weights, ranges, measured.scales, info)
+    partial.remove()
+    return Quantized(settings.out, calibration, settings.out.stat().st_size)
+
+
+def _measure(
+    model: Model,
+    settings: QuantizeSettings,
+    samples: Sequence[Sample],
+    schedule: Schedule,
+    image_settings: ImageSettings,
+    partial: Partial,
+    progress: Progress,
+) -> Measured:
+    from calib.measure import Bench, measure_language, measure_vision
+    from calib.tower import torch_threads
+
+    bench = Bench(model.weights, samples, settings.precision != "fp8", partial, progress)
+    with torch_threads(settings.threads):
+        measured, embeds = measure_vision(bench, schedule, image_settings)
+        return measure_language(bench, measured, embeds)
+
+
+def _samples(model: Model, dataset: Dataset, questions: Sequence[str], tokens: int) -> list[Sample]:
+    """Pictures by content, so that names decide nothing, each with the next question.
+
+    Raises:
+        InputError: a prompt that is empty or longer than the decoder's positions.
+    """
+    from calib.measure import Sample
+
+    text = model.config.text
+    tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, text.vocab_size)
+    encoded = [tokenizer.encode(question_prompt(question), 1, tokens) for question in questions]
+    for question, prompt in zip(questions, encoded, strict=True):
+        if not question.strip() or len(prompt.input_ids) > text.max_position_embeddings:
+            raise InputError(
+                f"question must be text of at most {text.max_position_embeddings} tokens with {tokens} visual ones, "
+                f"got {question!r} ({len(prompt.input_ids)} tokens)."
+            )
+    pictures = sorted(dataset.pictures, key=lambda picture: picture.sha256)
+    return [Sample(picture, encoded[i % len(encoded)]) for i, picture in enumerate(pictures)]
+
+
+def _schedule(model: Model, settings: QuantizeSettings) -> Schedule:
+    patches = model.config.vision.patches
+    asked = default_tokens(patches) if settings.tokens is None else settings.tokens
+    tokens = patches if asked == "all" else int(asked)
+    return make_schedule(settings.schedule, model.config.vision, tokens, weights=model.weights)
+
+
+def _check_blocks(model: Model) -> None:
+    """Raise ConfigError for a model whose layers have no int4."""
+    for inputs in {group.inputs for group in groups(model.config)}:
+        block_size(inputs)
+
+
+def _origin(
+    model: Model, settings: QuantizeSettings, dataset: Dataset, questions: Sequence[str], schedule: Schedule
+) -> dict[str, Any]:
+    """What the file says of where it comes from."""
+    return {
+        "model": model.name,
+        "note": model.note,
+        "weights": f"random, seed {settings.seed}" if model.weights.random else "checkpoint",
+        "precision": settings.precision,
+        "schedule": schedule.to_dict(),
+        "questions": list(questions),
+        "pictures": [{"name": p.name, "sha256": p.sha256} for p in dataset.pictures],
+        "skipped": [{"name": name, "reason": reason} for name, reason in dataset.skipped],
+        "versions": _versions(),
+    }
+
+
+def _tokens(samples: Sequence[Sample], schedule: Schedule) -> dict[str, int]:
+    """Per picture the visual ones; in all those that went into the decoder, and those that outputs were compared on."""
+    from calib.measure import SAMPLED
+
+    lengths = [len(sample.prompt.input_ids) for sample in samples]
+    each = -(-SAMPLED // len(samples))
+    return {"visual": schedule.tokens, "language": sum(lengths), "compared": sum(min(n, each) for n in lengths)}
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != SUFFIX or not out.parent.is_dir() or out.is_dir():
+        raise ConfigError(f"out must be a {SUFFIX} file in an existing directory, got {str(out)!r}.")
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"out must be in a directory that can be written, got {str(out)!r}.")
+
+
+def _versions() -> dict[str, str]:
+    """Of what the figures may depend on."""
+    import torch
+    from PIL import __version__ as pillow
+
+    known = installed_versions() | {"numpy": np.__version__, "pillow": pillow, "torch": str(torch.__version__)}
+    return {name: known[name] for name in VERSIONS}
+
+
+def _means(errors: dict[str, dict[str, float]], part: str) -> dict[str, float]:
+    """Mean relative error of a part's groups, before and after."""
+    from calib.groups import part_of
+
+    mine = [error for name, error in errors.items() if part_of(name) == part]
+    return {when: float(f"{np.mean([error[when] for error in mine]):.6g}") for when in ("before", "after")}
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
