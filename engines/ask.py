@@ -107,6 +107,7 @@ class Answer:
             "selector": selector_name(manifest.schedule),
             "schedule": manifest.schedule["kind"],
             "precision": manifest.precision,
+            "vision_precision": manifest.vision_precision,
             "backend": engine.backend,
             "built_for": manifest.backend,
         }

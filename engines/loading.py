@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.backends import CHOICES, Backend, gpu_present, trt_module
 from engines.cuda_device import CudaDevice, cuda_core, no_gpu
-from engines.session import OrtSession, Session
+from engines.session import OrtSession, Session, on_cuda
+from engines.stages import Chain
 from engines.trt_session import TrtSession
+from engines.widen import NOTE, widened, widened_contract
 from flowcut.artifacts import Manifest, read_manifest
-from flowcut.contract import language_contract, vision_contract
+from flowcut.config import Precision
+from flowcut.contract import GraphContract, language_contract, language_contracts, vision_contract
 from flowcut.errors import ConfigError, EngineError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 
 LOG = logging.getLogger("flowcut.engines")
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor.json"
-GRAPHS = ("vision", "language")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,6 @@ def open_directory(directory: Path, backend: str, threads: int | None) -> Parts:
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads!r}.")
     manifest = read_manifest(directory)
-    if manifest.precision == "bf16":
-        raise EngineError(
-            "precision must be fp16 or fp32 to be run, got 'bf16': numpy, through which tensors come and go, has no "
-            "such type. Build the directory again with PRECISION=fp16."
-        )
     chosen = choose_backend(manifest, backend)
     check_used_files(directory, manifest, chosen)
     vision, language = _sessions(directory, manifest, chosen, threads)
@@ -90,7 +88,7 @@ def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> N
         EngineError: files that are missing or differ, all of them named.
     """
     suffixes = ("onnx", "onnx.data") if backend == "ort" else ("engine",)
-    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in GRAPHS for suffix in suffixes)}
+    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in manifest.graphs for suffix in suffixes)}
     problems = [f"{name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]
     for name, record in sorted(manifest.files.items()):
         path = directory / name
@@ -106,18 +104,58 @@ def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> N
 
 
 def _sessions(directory: Path, manifest: Manifest, backend: Backend, threads: int | None) -> tuple[Session, Session]:
+    """Vision and the decoder, whose stages are one session."""
     built_for = (manifest.geometry, manifest.tokens, manifest.precision, manifest.limits)
-    vision, language = vision_contract(*built_for), language_contract(*built_for)
+    contracts = graph_contracts(manifest)
     if backend == "ort":
-        return (
-            OrtSession(directory / "vision.onnx", vision, threads),
-            OrtSession(directory / "language.onnx", language, threads),
-        )
-    device = CudaDevice(backend)
-    return (
-        TrtSession(directory / "vision.engine", vision, backend, device),
-        TrtSession(directory / "language.engine", language, backend, device),
-    )
+        sessions = _ort_sessions(directory, manifest, contracts, threads)
+    else:
+        device = CudaDevice(backend)  # one for all: a stage of the decoder could have one of its own
+        sessions = [TrtSession(directory / f"{c.name}.engine", c, backend, device) for c in contracts]
+    vision, *stages = sessions
+    return vision, stages[0] if len(stages) == 1 else Chain(language_contract(*built_for), stages)
+
+
+def graph_contracts(manifest: Manifest) -> tuple[GraphContract, ...]:
+    """Of the directory's graphs, in the order of `manifest.graphs`."""
+    geometry, tokens, limits = manifest.geometry, manifest.tokens, manifest.limits
+    vision = vision_contract(geometry, tokens, manifest.vision_precision, limits, manifest.precision)
+    return vision, *language_contracts(geometry, tokens, manifest.precision, limits, manifest.stages)
+
+
+def graph_precisions(manifest: Manifest) -> dict[str, Precision]:
+    """What each graph of the directory computes in, by its name."""
+    return dict.fromkeys(manifest.graphs, manifest.precision) | {"vision": manifest.vision_precision}
+
+
+def _ort_sessions(
+    directory: Path, manifest: Manifest, contracts: Sequence[GraphContract], threads: int | None
+) -> list[Session]:
+    """bf16 graphs as they are on a GPU whose provider takes them, else widened to float32."""
+    precisions, sessions, wide = graph_precisions(manifest), list[Session](), list[str]()
+    for contract in contracts:
+        path = directory / f"{contract.name}.onnx"
+        session = None
+        if precisions[contract.name] != "bf16":
+            session = OrtSession(path, contract, threads)
+        elif on_cuda():
+            session = _unless_refused(path, contract, threads)
+        if session is None:
+            wide.append(contract.name)
+            with widened(path) as copy:
+                session = OrtSession(copy, widened_contract(contract), threads)
+        sessions.append(session)
+    if wide:
+        LOG.warning("%s: %s.", ", ".join(wide), NOTE)
+    return sessions
+
+
+def _unless_refused(path: Path, contract: GraphContract, threads: int | None) -> OrtSession | None:
+    try:
+        return OrtSession(path, contract, threads)
+    except EngineError as error:
+        LOG.info("%s: not as it is: %s", contract.name, error)
+        return None
 
 
 def _why_not(backend: Backend) -> str:

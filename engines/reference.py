@@ -7,36 +7,49 @@ differ is arithmetic. Tensors come and go in the contract's types. Imported by v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from torch import Tensor
+from torch import Tensor, nn
 
+from calib.groups import linear_layers
+from calib.rounding import fp8_scale, round_weight
 from engines.comparison import Led
 from engines.session import Array
 from flowcut.checkpoint import Weights
-from flowcut.config import NUMPY_DTYPE, LlavaConfig
-from flowcut.contract import GraphContract, past_names, present_names
-from flowcut.language import KVCache, LanguageModel
+from flowcut.config import NUMPY_DTYPE, QUANTIZED, LlavaConfig
+from flowcut.contract import GraphContract, cached_layers, hidden_name, past_names, present_names
+from flowcut.language import LanguageModel, Step
+from flowcut.loading import load_module
 from flowcut.schedule import Schedule, drop_count, layers_left
 from flowcut.scoring import FlowScore, running_score
+from flowcut.tensors import numpy_dtype
 from flowcut.vision import VisionModel
 
 _CLASS, _POSITIONS = (
     f"vision_tower.vision_model.embeddings.{name}" for name in ("class_embedding", "position_embedding.weight")
 )
+_PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
 class ExportedWeights:
-    """A checkpoint's tensors with the graph's rounding, in float32."""
+    """A checkpoint's tensors with the graph's rounding, in float32; AWQ's scales, if any, are in `source` already.
+
+    Attributes:
+        precision: the graph's.
+        ranges: the largest input of each linear layer, for fp8.
+    """
 
     source: Weights
     precision: str
+    ranges: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def config(self) -> LlavaConfig:
@@ -52,18 +65,48 @@ class ExportedWeights:
 
     def load(self, name: str) -> Array:
         """The graph adds the class embedding to row 0 of the positions before it rounds; so does this."""
+        if self.precision in QUANTIZED and name.removesuffix(".weight") in self._linear:
+            return self._quantized(name)
         array = self.source.load(name).astype(np.float32)
         if name == _CLASS:
             return np.zeros_like(array)
         if name == _POSITIONS:
             array[0] += self.source.load(_CLASS).astype(np.float32)
-        return array.astype(NUMPY_DTYPE[self.precision]).astype(np.float32)
+        return array.astype(numpy_dtype(NUMPY_DTYPE[self.precision])).astype(np.float32)
+
+    def input_scale(self, layer: str) -> float | None:
+        """What a linear layer's input is divided by before it is rounded to FP8; None where it is not."""
+        if self.precision != "fp8" or layer not in self._linear:
+            return None
+        return fp8_scale(max(self.ranges[name] for name in product_of(layer)))
+
+    @cached_property
+    def _linear(self) -> frozenset[str]:
+        return frozenset(linear_layers(self.config))
+
+    def _quantized(self, name: str) -> Array:
+        """Layers of one product share FP8's one scale; the scales of int8 and int4 are each output's own."""
+        if self.precision != "fp8":
+            return round_weight(self.source.load(name), self.precision).widened()
+        weights = {part: self.source.load(f"{part}.weight") for part in product_of(name.removesuffix(".weight"))}
+        together = round_weight(np.concatenate(list(weights.values())), "fp8").widened()
+        rows = np.cumsum([len(weight) for weight in weights.values()])[:-1]
+        return dict(zip(weights, np.split(together, rows), strict=True))[name.removesuffix(".weight")]
+
+
+def product_of(layer: str) -> tuple[str, ...]:
+    """The linear layers that are one product with `layer` in the graph: the decoder's q, k, v and its gate, up."""
+    parent, _, leaf = layer.rpartition(".")
+    for leaves in _PRODUCTS:
+        if leaf in leaves and layer.startswith("language_model."):
+            return tuple(f"{parent}.{name}" for name in leaves)
+    return (layer,)
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
     """What both graphs share: the contract as Polygraphy's metadata."""
 
-    def __init__(self, weights: Weights, contract: GraphContract) -> None:
+    def __init__(self, weights: ExportedWeights, contract: GraphContract) -> None:
         super().__init__(name="torch")
         self.weights, self.contract = weights, contract
         self.model: Any = None
@@ -85,12 +128,13 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 class TorchVision(TorchRunner):
     """Tower and projector."""
 
-    def __init__(self, weights: Weights, contract: GraphContract, schedule: Schedule) -> None:
+    def __init__(self, weights: ExportedWeights, contract: GraphContract, schedule: Schedule) -> None:
         super().__init__(weights, contract)
         self.schedule = schedule
 
     def activate_impl(self) -> None:
         self.model = VisionModel.from_weights(self.weights)
+        round_inputs(self.model, "", self.weights)
 
     @torch.inference_mode()
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
@@ -99,25 +143,25 @@ class TorchVision(TorchRunner):
         return self.typed({"image_embeds": image_embeds, "kept": kept})
 
     @torch.inference_mode()
-    def lead(self, pixel_values: Array, kept: Array) -> Led:
+    def lead(self, pixel_values: Array, kept: Array, score_gap: float) -> Led:
         """image_embeds had these patches been kept, and the score gaps that tell whether they might have been.
 
         Wherever something is dropped, `kept` [images, T] stay and the best of the others fill up. Following another
         runner's choices keeps one flipped rank from changing every score after it.
         """
         pixels = torch.from_numpy(pixel_values).float()
-        images = [self._lead(p[None], torch.from_numpy(k)) for p, k in zip(pixels, kept, strict=True)]
-        embeds, widest, closest = zip(*images, strict=True)
-        return Led(torch.cat(embeds).numpy(), max(widest), min(closest))
+        images = [self._lead(p[None], torch.from_numpy(k), score_gap) for p, k in zip(pixels, kept, strict=True)]
+        embeds, widest, firm, closest = zip(*images, strict=True)
+        return Led(torch.cat(embeds).numpy(), max(widest), max(firm), min(closest))
 
-    def _lead(self, pixels: Tensor, wanted: Tensor) -> tuple[Tensor, float, float]:
+    def _lead(self, pixels: Tensor, wanted: Tensor, score_gap: float) -> tuple[Tensor, float, float, float]:
         """One image; see Led."""
         tower = self.model.vision_tower["vision_model"]
         points = self.schedule.points(tower.config.num_hidden_layers)
         scored_layers = self.schedule.scored_layers(tower.config.num_hidden_layers)
         hidden = tower.pre_layrnorm(tower.embeddings(pixels))
         numbers, running = torch.arange(self.schedule.patches), None
-        widest, closest = 0.0, float("inf")
+        widest, firm, closest = 0.0, 0.0, float("inf")
         for i, layer in enumerate(tower.encoder["layers"]):
             q, k, v = layer.project(hidden)
             hidden = layer(hidden, q, k, v, None)
@@ -128,10 +172,11 @@ class TorchVision(TorchRunner):
             if i in points:
                 keep = self._keep(points, i, len(numbers), scored)
                 rows, gap, call = choose(running[0], torch.isin(numbers, wanted), keep)
-                widest, closest = max(widest, gap), min(closest, call)
+                widest, firm = max(widest, gap), max(firm, gap) if closest > score_gap else firm
+                closest = min(closest, call)
                 numbers, running = numbers[rows], running[:, rows]
                 hidden = torch.cat([hidden[:, :1], hidden[:, 1:][:, rows]], 1)
-        return self.model.multi_modal_projector(hidden[:, 1:]), widest, closest
+        return self.model.multi_modal_projector(hidden[:, 1:]), widest, firm, closest
 
     def _keep(self, points: list[int], layer: int, patches: int, scored: FlowScore) -> int:
         capacity = self.schedule.counts[points.index(layer)]
@@ -142,21 +187,62 @@ class TorchVision(TorchRunner):
 
 
 class TorchLanguage(TorchRunner):
-    """Decoder and head; the cache comes and goes as past.* and present.*."""
+    """The decoder's layers whose cache the contract has, with what is before the first and after the last of all.
+
+    The cache comes and goes as past.* and present.*. Rotary tables are rounded as the graph's are.
+    """
 
     def activate_impl(self) -> None:
-        self.model = LanguageModel.from_weights(self.weights)
+        with torch.device("meta"):
+            self.model = LanguageModel(self.weights.config.text)
+        for name in self._modules():
+            part = self.model.get_submodule(name)
+            load_module(part, self.weights, f"language_model.{name}.", torch.float32, "cpu")
+        round_inputs(self.model, "language_model.", self.weights)
 
+    def _modules(self) -> list[str]:
+        names = {s.name for s in self.contract.inputs}
+        head = "model.embed_tokens" if self.weights.config.text.tie_word_embeddings else "lm_head"
+        first = ["model.embed_tokens"] if "input_ids" in names else []
+        last = ["model.norm", head] if "last_token" in names else []
+        return [*first, *(f"model.layers.{i}" for i in cached_layers(self.contract)), *last]
+
+    @torch.inference_mode()
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: torch.from_numpy(array) for name, array in feed_dict.items()}
-        past = [past_names(i) for i in range(self.weights.config.text.num_hidden_layers)]
-        cache = KVCache(*([feeds[pair[which]].to(torch.float32, copy=True) for pair in past] for which in (0, 1)))
-        embeds = feeds["image_embeds"].float()
-        hidden = self.model(feeds["input_ids"], feeds["position_ids"], feeds["image_rows"], embeds, cache)
-        outputs = {"logits": self.model.logits(hidden, feeds["last_token"])}
-        for i, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
-            outputs |= dict(zip(present_names(i), pair, strict=True))
-        return self.typed(outputs)
+        layers, outputs = cached_layers(self.contract), dict[str, Tensor]()
+        step, given = self._step(feeds["position_ids"]), feeds.get(hidden_name(layers[0]))
+        hidden = self._embed(feeds) if given is None else given.float()
+        for i in layers:
+            cache = [feeds[name].to(torch.float32, copy=True) for name in past_names(i)]
+            hidden = self.model.model.layers[i](hidden, step, *cache)
+            outputs |= dict(zip(present_names(i), cache, strict=True))
+        if "last_token" in feeds:
+            return self.typed(outputs | {"logits": self.model.logits(hidden, feeds["last_token"])})
+        return self.typed(outputs | {hidden_name(layers[-1] + 1): hidden})
+
+    def _embed(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        embedded: Tensor = self.model.embed(feeds["input_ids"], feeds["image_rows"], feeds["image_embeds"].float())
+        return embedded
+
+    def _step(self, position_ids: Tensor) -> Step:
+        dtype = getattr(torch, NUMPY_DTYPE[self.weights.precision])
+        step = Step.at(position_ids, self.weights.config.text, dtype)
+        return replace(step, cos=step.cos.float(), sin=step.sin.float())
+
+
+def round_inputs(model: nn.Module, prefix: str, weights: ExportedWeights) -> None:
+    """Make linear layers round their input to FP8 where the graph does; `prefix` + a module's name is the layer's."""
+    for name, module in model.named_modules():
+        if (scale := weights.input_scale(prefix + name)) is not None:
+            module.register_forward_pre_hook(partial(_rounded_input, scale))
+
+
+def _rounded_input(scale: float, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """QuantizeLinear, which divides in the graph's float16 and saturates, and DequantizeLinear."""
+    scaled = (inputs[0].half() / torch.tensor(scale, dtype=torch.float16)).float()
+    # Saturation first: torch's conversion would make NaN of what is too large.
+    return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).float() * scale
 
 
 def choose(scores: Tensor, wanted: Tensor, keep: int) -> tuple[Tensor, float, float]:

@@ -7,7 +7,6 @@ request: past.* and present.* bound to the same memory.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from engines.backends import gpu_present
 from engines.profiles import check_tensors
-from flowcut.contract import GraphContract, TensorSpec, past_names, present_names
+from flowcut.contract import GraphContract, TensorSpec, cached_layers, past_names, present_names
 from flowcut.deps import require
 from flowcut.errors import EngineError
 
@@ -29,6 +28,7 @@ LOG = logging.getLogger("flowcut.onnxruntime")
 Array = NDArray[Any]
 # TF32, its default, rounds float32 products to 10 bits, and near-equal flow scores would rank differently.
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": 0})
+_BFLOAT16 = 16  # ONNX's number for it
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called as numpy does
 
 
@@ -91,10 +91,19 @@ class Session(Protocol):
         """
 
 
+def on_cuda() -> bool:
+    """Whether ONNX Runtime's CUDA provider is installed and a GPU is present.
+
+    Raises:
+        FlowCutError: onnxruntime is not installed.
+    """
+    providers = require("onnxruntime", extra="cpu").get_available_providers()
+    return "CUDAExecutionProvider" in providers and gpu_present()
+
+
 def state_pairs(contract: GraphContract) -> list[tuple[TensorSpec, str]]:
     """Cache inputs, each with the name of the output that shares its memory; none for a graph without a cache."""
-    inputs = {s.name: s for s in contract.inputs}
-    layers = itertools.takewhile(lambda layer: past_names(layer)[0] in inputs, itertools.count())
+    inputs, layers = {s.name: s for s in contract.inputs}, cached_layers(contract)
     names = (pair for layer in layers for pair in zip(past_names(layer), present_names(layer), strict=True))
     return [(inputs[past], present) for past, present in names]
 
@@ -193,7 +202,7 @@ class OrtSession:
     def __init__(self, path: Path, contract: GraphContract, threads: int | None = None) -> None:
         self.contract = contract
         self._ort = require("onnxruntime", extra="cpu")
-        cuda = "CUDAExecutionProvider" in self._ort.get_available_providers() and gpu_present()
+        cuda = on_cuda()
         self.device = "cuda" if cuda else "cpu"
         providers = [CUDA_PROVIDER] * cuda + ["CPUExecutionProvider"]
         try:
@@ -213,10 +222,16 @@ class OrtSession:
         Runtime has no call that clears memory on the device."""
         binding, caches = self._session.io_binding(), []
         for spec, present in state_pairs(self.contract):
-            zeros = np.zeros(spec.shape({"batch": batch}), spec.dtype)
+            shape, narrow = spec.shape({"batch": batch}), spec.dtype == "bfloat16"
+            zeros = np.zeros(shape, np.uint16 if narrow else spec.dtype)
             cache = self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device)
-            binding.bind_ortvalue_input(spec.name, cache)
-            binding.bind_ortvalue_output(present, cache)
+            if narrow:  # which numpy has not: the same bits by their address
+                at = (self.device, 0, _BFLOAT16, shape, cache.data_ptr())
+                binding.bind_input(spec.name, *at)
+                binding.bind_output(present, *at)
+            else:
+                binding.bind_ortvalue_input(spec.name, cache)
+                binding.bind_ortvalue_output(present, cache)
             caches.append(cache)
         return OrtState(batch, binding, tuple(caches))
 
@@ -270,6 +285,8 @@ def _options(ort: Any, threads: int | None) -> Any:
     # Weights are prepacked (the default), which takes a copy of them in memory but computes 104 tokens of 4 layers at
     # width 2048 in 295 ms instead of 446; decoding, bound by memory, gains nothing. float16 weights become float32
     # either way, since the CPU provider has no float16 matrix product: twice the file's size.
+    # What int8 and int4 weights are multiplied by it rounds to int8 as well (qdq_matmulnbits_accuracy_level 4, its
+    # default), at ten times fp16's errors. Not doing so, decoding takes eight times as long in int4, 50 times in int8.
     # Two sessions take turns: threads of the one that is done must not spin on the cores that the other needs. On two
     # cores this takes llava-tiny's vision from 13 to 9 ms.
     options.add_session_config_entry("session.force_spinning_stop", "1")

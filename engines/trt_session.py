@@ -21,7 +21,7 @@ from engines.cuda_device import REMEDY, CudaDevice, host_view
 from engines.listeners import BuildLog, make_logger
 from engines.profiles import NUMPY_NAMES, check_tensors
 from engines.session import Array, DeviceTensor, Result, State, feeds_of, results_of, sizes_of, state_pairs
-from flowcut.contract import GraphContract, TensorSpec
+from flowcut.contract import GraphContract, TensorSpec, itemsize
 from flowcut.errors import EngineError
 
 LOG = logging.getLogger("flowcut.tensorrt")
@@ -190,4 +190,4 @@ class TrtSession:
 
 
 def _bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
-    return math.prod(spec.shape(sizes)) * np.dtype(spec.dtype).itemsize
+    return math.prod(spec.shape(sizes)) * itemsize(spec.dtype)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -20,26 +19,44 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.backends import MODULES, gpu_present
-from engines.comparison import FAILED, NOT_RUN, OK, TOLERANCES, Judge, Lead, Report, Row, print_report
-from engines.profiles import check_tensors
-from engines.session import Array, results_of, state_pairs
+from engines.comparison import (
+    FAILED,
+    NOT_RUN,
+    OK,
+    WEIGHTS,
+    Judge,
+    Lead,
+    Report,
+    Row,
+    Tolerance,
+    print_report,
+    tolerance,
+    vision_tolerance,
+)
+from engines.loading import graph_contracts, graph_precisions
+from engines.numerics import CALIBRATION, Numerics
+from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_steps, sizes_of_feeds
+from engines.session import Array, feeds_of, results_of
+from engines.stored import stored_weights, worst
+from engines.widen import NOTE, widened_contract
 from flowcut.aliases import ALIASES, resolve
 from flowcut.artifacts import Manifest, check_files, read_manifest
 from flowcut.checkpoint import Weights, random_weights
-from flowcut.contract import GraphContract, TensorSpec, language_contract, vision_contract
+from flowcut.contract import GraphContract, TensorSpec
 from flowcut.deps import require
 from flowcut.errors import CheckpointError, ConfigError, EngineError, FlowCutError
 from flowcut.schedule import Schedule
 
 if TYPE_CHECKING:
-    from engines.reference import TorchVision
+    from engines.reference import ExportedWeights, TorchVision
 
 __all__ = ["Report", "print_report", "verify"]
 
 LOG = logging.getLogger("flowcut.verify")
 TEXT_TOKENS, IMAGE_AT, LENGTH_STEP, DECODE_STEPS = 24, 4, 5, 3
 """Of the prompts: text beside a picture, where it begins, by how much lengths differ, steps after the prefill."""
-Feeds = dict[str, Array]
+STORED = 1e-6
+"""Allowed for a weight in the file: none but what float32 loses on the way."""
 
 
 def verify(directory: Path, *, checkpoint: str | None = None, seed: int = 0, samples: int = 2) -> Report:
@@ -53,45 +70,54 @@ def verify(directory: Path, *, checkpoint: str | None = None, seed: int = 0, sam
         samples: pictures, and prompts of different lengths; no more than the engine's limits.
 
     Raises:
-        EngineError: not an engine directory, or one in bfloat16.
+        EngineError: not an engine directory, or a bf16 one whose float32 weights have no room.
         CheckpointError: `checkpoint` is not the one that the directory was built from.
         FlowCutError: `checkpoint` cannot be read, or polygraphy or onnxruntime is not installed.
     """
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, got {samples}.")
     manifest = read_manifest(directory)
-    if manifest.precision not in TOLERANCES:
-        raise EngineError(
-            f"precision must be one of {', '.join(TOLERANCES)} to be verified, got {manifest.precision!r}: numpy, "
-            "through which tensors come and go, has no such type."
-        )
     require("onnxruntime", extra="cpu")
-    with _polygraphy(manifest.backend):
-        check = _Verification(directory, manifest, *_reference_weights(manifest, checkpoint))
+    with polygraphy(manifest.backend):
+        weights, why_not = _reference_weights(manifest, checkpoint)
+        exported = None if weights is None else _exported(directory, manifest, weights)
+        check = _Verification(directory, manifest, exported, why_not)
         check.run(seed, samples)
-    return Report(str(directory), manifest.model, manifest.note, manifest.precision, check.inputs, tuple(check.rows))
+    return Report(
+        directory=str(directory),
+        model=manifest.model,
+        note=manifest.note,
+        precision=manifest.precision,
+        vision_precision=manifest.vision_precision,
+        graphs=manifest.graphs,
+        inputs=check.inputs,
+        rows=tuple(check.rows),
+    )
 
 
 @dataclass
 class _Verification:
-    """One run of `verify`. `why_not` says why there are no weights."""
+    """One run of `verify`. `weights` are each graph's, by its name; `why_not` says why there are none."""
 
     directory: Path
     manifest: Manifest
-    weights: Weights | None
+    weights: Mapping[str, ExportedWeights] | None
     why_not: str
     rows: list[Row] = field(default_factory=list)
     inputs: str = ""
 
     def run(self, seed: int, samples: int) -> None:
         manifest, limits = self.manifest, self.manifest.limits
-        built_for = (manifest.geometry, manifest.tokens, manifest.precision, limits)
-        vision, language = vision_contract(*built_for), language_contract(*built_for)
+        # What comes and goes are numpy's arrays: where a cache is bf16, it is float32 here.
+        vision, *stages = map(widened_contract, graph_contracts(manifest))
+        if wide := [graph for graph, own in graph_precisions(manifest).items() if own == "bf16"]:
+            LOG.warning("%s: %s.", ", ".join(wide), NOTE)
         self._check_files()
         pixels = pictures(min(samples, limits.max_images), manifest.geometry.vision.image_size, seed)
         embeds = self._vision(vision, pixels.astype(vision.inputs[0].dtype))
         steps, lengths = prompts(manifest, embeds, min(samples, limits.max_batch), seed)
-        self._language(language, steps, lengths)
+        for stage in stages:
+            steps = self._language(stage, steps, lengths)
         texts = ", ".join(map(str, lengths))
         self.inputs = (
             f"{len(pixels)} pictures; prompts of {texts} tokens and {len(steps) - 1} decode steps; seed {seed}"
@@ -110,36 +136,37 @@ class _Verification:
             results = self._run_all(contract, steps, nullcontext(torch) if torch else None)
             lead: Lead | None = partial(torch.lead, pixels) if torch else None
             patches = self.manifest.geometry.vision.patches
-            for judge, got, expected in self._pairs(contract, results):
+            allowed = partial(vision_tolerance, self.manifest.vision_precision, self.manifest.precision)
+            for judge, got, expected in _pairs(contract, results, allowed):
                 self.rows += judge.vision(got[0], expected[0], patches, lead)
-        for outputs in results.values():
-            if np.isfinite(embeds := outputs[0]["image_embeds"]).all():
-                return embeds
-        spec = contract.outputs[0]
-        random = np.random.default_rng(0).standard_normal(spec.shape({"images": len(pixels)}))
-        return random.astype(spec.dtype)
+        return _first_finite(results, contract.outputs[0], [sizes_of_feeds(contract, steps[0])])[0]
 
-    def _language(self, contract: GraphContract, steps: Sequence[Feeds], lengths: Array) -> None:
-        results = self._run_all(contract, steps, self._torch_language(contract) if self.weights else None)
-        for judge, got, expected in self._pairs(contract, results):
+    def _language(self, contract: GraphContract, steps: Sequence[Feeds], lengths: Array) -> list[Feeds]:
+        """Check one stage of the decoder; the inputs with its `hidden`, for the next one."""
+        wanted = [s.name for s in feeds_of(contract)]
+        feeds = [{name: step[name] for name in wanted} for step in steps]
+        (result,) = results_of(contract)
+        results = self._run_all(contract, feeds, self._torch_language(contract) if self.weights else None)
+        for judge, got, expected in _pairs(contract, results, partial(tolerance, self.manifest.precision)):
             for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-                name = f"logits, decode {i}" if i else "logits, prefill"
-                self.rows.append(judge.values(name, a["logits"], b["logits"]))
+                name = f"{result.name}, decode {i}" if i else f"{result.name}, prefill"
+                self.rows.append(judge.values(name, a[result.name], b[result.name]))
             used = lengths + len(steps) - 1
             self.rows.append(judge.values_worst("cache", _used(got[-1], used), _used(expected[-1], used)))
+        passed = _first_finite(results, result, [sizes_of_feeds(contract, step) for step in feeds])
+        return [step | {result.name: array} for step, array in zip(steps, passed, strict=True)]
 
     def _torch_vision(self, contract: GraphContract) -> TorchVision:
-        from engines.reference import ExportedWeights, TorchVision
+        from engines.reference import TorchVision
 
         assert self.weights is not None
-        weights = ExportedWeights(self.weights, self.manifest.precision)
-        return TorchVision(weights, contract, Schedule.from_dict(self.manifest.schedule))
+        return TorchVision(self.weights[contract.name], contract, Schedule.from_dict(self.manifest.schedule))
 
     def _torch_language(self, contract: GraphContract) -> Any:
-        from engines.reference import ExportedWeights, TorchLanguage
+        from engines.reference import TorchLanguage
 
         assert self.weights is not None
-        return TorchLanguage(ExportedWeights(self.weights, self.manifest.precision), contract)
+        return TorchLanguage(self.weights[contract.name], contract)
 
     def _run_all(
         self, contract: GraphContract, steps: Sequence[Feeds], reference: AbstractContextManager[Any] | None
@@ -152,6 +179,7 @@ class _Verification:
         if reference is None:
             self.rows.append(Row(graph, "checkpoint", "torch", "all", NOT_RUN, detail=self.why_not))
         else:
+            self._check_weights(graph)
             with reference as torch:
                 results["torch"] = run_steps(torch, contract, steps)
         for name, make in self._runners(graph).items():
@@ -169,80 +197,88 @@ class _Verification:
 
     def _runners(self, graph: str) -> dict[str, Any]:
         """Makers of the runners whose files are in the directory, where they can run."""
-        makers: dict[str, Any] = {"onnxruntime": lambda: onnx_runner(self.directory / f"{graph}.onnx")}
-        backend = self.manifest.backend
-        if backend != "ort" and gpu_present():
+        backend, bf16 = self.manifest.backend, graph_precisions(self.manifest)[graph] == "bf16"
+        makers: dict[str, Any] = {"onnxruntime": lambda: onnx_runner(self.directory / f"{graph}.onnx", bf16)}
+        if backend == "ort":
+            return makers
+        why_not = "no CUDA GPU" if not gpu_present() else ""
+        if bf16 and graph != "vision":
+            why_not = why_not or "its cache is bf16, which numpy has not"
+        if why_not:
+            self.rows.append(Row(graph, "onnxruntime", MODULES[backend], "all", NOT_RUN, detail=why_not))
+        else:
             makers[MODULES[backend]] = lambda: engine_runner(self.directory / f"{graph}.engine", backend)
-        elif backend != "ort":
-            row = Row(graph, "onnxruntime", MODULES[backend], "all", NOT_RUN, detail="no CUDA GPU")
-            self.rows.append(row)
         return makers
 
-    def _pairs(
-        self, contract: GraphContract, results: Mapping[str, list[Feeds]]
-    ) -> Iterator[tuple[Judge, list[Feeds], list[Feeds]]]:
-        """Each runner with the one before it."""
-        names = list(results)
-        for reference, runner in pairwise(names):
-            judge = Judge(contract.name, reference, runner, TOLERANCES[self.manifest.precision])
-            yield judge, results[runner], results[reference]
+    def _check_weights(self, graph: str) -> None:
+        """What is stored in the ONNX file against the checkpoint."""
+        assert self.weights is not None
+        try:
+            found = worst(stored_weights(self.directory / f"{graph}.onnx", self.weights[graph]))
+        except EngineError as error:
+            self.rows.append(Row(graph, "checkpoint", "onnx", WEIGHTS, FAILED, detail=str(error)))
+            return
+        verdict = OK if found.error <= STORED else FAILED
+        detail = f"greatest at {found.name}"
+        self.rows.append(Row(graph, "checkpoint", "onnx", WEIGHTS, verdict, found.error, STORED, detail))
 
     def _check_metadata(self, graph: str, runner: Any) -> None:
         """What the ONNX file says of itself against the manifest."""
-        expected = expected_metadata(self.manifest)
+        expected = expected_metadata(self.manifest, graph)
         got = runner.sess.get_modelmeta().custom_metadata_map
         problems = [f"{k} must be {v!r}, got {got.get(k)!r}" for k, v in expected.items() if got.get(k) != v]
         verdict = FAILED if problems else OK
         self.rows.append(Row(graph, "manifest", "onnxruntime", "metadata", verdict, detail="; ".join(problems)))
 
 
-def expected_metadata(manifest: Manifest) -> dict[str, str]:
-    """What the exporter writes into each ONNX file."""
+def _pairs(
+    contract: GraphContract, results: Mapping[str, list[Feeds]], allowed: Callable[[str], Tolerance]
+) -> Iterator[tuple[Judge, list[Feeds], list[Feeds]]]:
+    """Each runner with the one before it."""
+    for reference, runner in pairwise(results):
+        yield Judge(contract.name, reference, runner, allowed(runner)), results[runner], results[reference]
+
+
+def _first_finite(
+    results: Mapping[str, list[Feeds]], spec: TensorSpec, sizes: Sequence[Mapping[str, int]]
+) -> list[Array]:
+    """An output of every step, of the first runner that has finite ones; else random numbers."""
+    for outputs in results.values():
+        arrays = [output[spec.name] for output in outputs]
+        if all(np.isfinite(array).all() for array in arrays):
+            return arrays
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(spec.shape(each)).astype(spec.dtype) for each in sizes]
+
+
+def _exported(directory: Path, manifest: Manifest, weights: Weights) -> dict[str, ExportedWeights]:
+    """The tensors as each graph holds them, by its name.
+
+    Raises:
+        ConfigError: the directory's calibration is of another checkpoint.
+    """
+    from calib.calibration import load_calibration
+    from engines.reference import ExportedWeights
+
+    calibration = load_calibration(directory / CALIBRATION, weights) if manifest.calibration else None
+    numerics = Numerics(manifest.precision, manifest.vision_precision, manifest.stages, calibration)
+    source = numerics.weights(weights)
+    return {
+        graph: ExportedWeights(source, precision, numerics.ranges)
+        for graph, precision in graph_precisions(manifest).items()
+    }
+
+
+def expected_metadata(manifest: Manifest, graph: str) -> dict[str, str]:
+    """What the exporter writes into the ONNX file of a graph."""
     return {
         "flowcut.model": manifest.model,
         "flowcut.note": manifest.note,
         "flowcut.source_sha256": manifest.source_sha256,
         "flowcut.tokens": str(manifest.tokens),
         "flowcut.schedule": json.dumps(dict(manifest.schedule), sort_keys=True),
-        "flowcut.precision": manifest.precision,
+        "flowcut.precision": graph_precisions(manifest)[graph],
     }
-
-
-def onnx_runner(path: Path) -> Any:
-    """Polygraphy's runner of ONNX Runtime, on the CPU: the provider that computes most exactly, and is always there."""
-    from polygraphy.backend.onnxrt import OnnxrtRunner
-
-    ort = require("onnxruntime", extra="cpu")
-    options = ort.SessionOptions()
-    # Warns of every cache it copies, which it does here since the runner hands it over as arrays. Polygraphy's own
-    # loader, SessionFromOnnx, has no way to say so.
-    options.log_severity_level = 3
-    return OnnxrtRunner(lambda: ort.InferenceSession(path, options, ["CPUExecutionProvider"]), name="onnxruntime")
-
-
-def engine_runner(path: Path, backend: str) -> Any:
-    """Polygraphy's runner of TensorRT or TensorRT-RTX. It needs libcudart.so where the loader finds it."""
-    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-    return TrtRunner(EngineFromBytes(lambda: np.memmap(path, np.uint8, mode="r")), name=MODULES[backend])
-
-
-def run_steps(runner: Any, contract: GraphContract, steps: Sequence[Feeds]) -> list[Feeds]:
-    """Outputs of every step, the cache handed from each to the next; only the last step's outputs hold the cache.
-
-    Raises:
-        EngineError: outputs whose names, shapes or types are not the contract's.
-    """
-    pairs, results = state_pairs(contract), []
-    sizes = _sizes(contract, steps[0])
-    cache = {spec.name: np.zeros(spec.shape(sizes), spec.dtype) for spec, _ in pairs}
-    for step in steps:
-        outputs = runner.infer({**step, **cache})
-        outputs = {name: np.array(array) for name, array in outputs.items()}  # runners reuse their buffers
-        _check_outputs(contract, outputs, sizes)
-        cache = {spec.name: outputs[present] for spec, present in pairs}
-        results.append({s.name: outputs[s.name] for s in results_of(contract)})
-    return [*results[:-1], results[-1] | {present: cache[spec.name] for spec, present in pairs}]
 
 
 def pictures(count: int, size: int, seed: int) -> Array:
@@ -326,20 +362,6 @@ def _open_weights(manifest: Manifest, checkpoint: str | None) -> Weights | None:
     return None
 
 
-def _sizes(contract: GraphContract, feeds: Feeds) -> dict[str, int]:
-    """Named dimensions of one step."""
-    named = (
-        (d, n) for s in contract.inputs if s.name in feeds for d, n in zip(s.dims, feeds[s.name].shape, strict=True)
-    )
-    return {d: n for d, n in named if isinstance(d, str)}
-
-
-def _check_outputs(contract: GraphContract, outputs: Feeds, sizes: Mapping[str, int]) -> None:
-    wanted = [TensorSpec(s.name, s.dtype, s.shape(sizes)) for s in contract.outputs]
-    got = [TensorSpec(name, array.dtype.name, array.shape) for name, array in outputs.items()]
-    check_tensors(f"{contract.name} outputs", wanted, got)
-
-
 def _used(outputs: Feeds, lengths: Array) -> Feeds:
     """The cache, with zeros in the rows that no token of a sequence has written: padding may leave anything there."""
     used = {}
@@ -348,15 +370,3 @@ def _used(outputs: Feeds, lengths: Array) -> Feeds:
             rows = np.arange(array.shape[2]) < lengths[:, None]  # [B, C]
             used[name] = np.where(rows[:, None, :, None], array, 0)
     return used
-
-
-@contextmanager
-def _polygraphy(backend: str) -> Iterator[None]:
-    """Polygraphy, set to the backend's TensorRT, and quiet: what matters is in the rows. --verbose twice shows all."""
-    # What POLYGRAPHY_USE_TENSORRT_RTX sets. Its modules read it when they are imported, so a process that verifies
-    # directories of both backends has the first one's library for both.
-    config: Any = require("polygraphy.config", extra="verify")
-    config.USE_TENSORRT_RTX = backend == "rtx"
-    logger = require("polygraphy.logger", extra="verify").G_LOGGER
-    with logger.verbosity(logger.VERBOSE if LOG.isEnabledFor(logging.DEBUG) else sys.maxsize):
-        yield

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from export.builder import GraphBuilder
 from export.linear import Linear, Ranges
 from flowcut.config import NUMPY_DTYPE, Precision, TextConfig
-from flowcut.contract import GraphContract, cached_layers, exchange_dtype, past_names, present_names
+from flowcut.contract import GraphContract, cached_layers, exchange_dtype, hidden_name, past_names, present_names
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
@@ -87,15 +87,16 @@ class _LanguageGraph:
 
     def entering(self) -> ir.Value:
         """What the first layer of this graph takes: [B, S, D]."""
-        if "hidden" not in self.inputs:
+        if (name := hidden_name(cached_layers(self.contract)[0])) not in self.inputs:
             return self.embed()
-        return self.builder.cast(self.inputs["hidden"], exchange_dtype(self.precision), self.dtype)
+        return self.builder.cast(self.inputs[name], exchange_dtype(self.precision), self.dtype)
 
     def leaving(self, hidden: ir.Value) -> dict[str, ir.Value]:
         """What becomes of the last layer's output."""
         if "last_token" in self.inputs:
             return {"logits": self.logits(hidden)}
-        return {"hidden": self.builder.cast(hidden, self.dtype, exchange_dtype(self.precision))}
+        name = hidden_name(cached_layers(self.contract)[-1] + 1)
+        return {name: self.builder.cast(hidden, self.dtype, exchange_dtype(self.precision))}
 
     def embed(self) -> ir.Value:
         """Token embeddings [B, S, D], replaced by image embeddings where image_rows is not -1."""

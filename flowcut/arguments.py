@@ -190,7 +190,7 @@ def _add_run(commands: Any) -> None:
         "ask an engine a question about a picture",
         "Answers greedily and prints what was kept and how long each stage took.",
         "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, selector, schedule, "
-        "precision, backend and built_for",
+        "precision, vision_precision, backend and built_for",
     )
     _add_directory(parser)
     parser.add_argument(

@@ -123,8 +123,8 @@ def language_contracts(
 ) -> tuple[GraphContract, ...]:
     """The decoder as `stages` graphs of consecutive layers, to be run one after the other; one stage is `language`.
 
-    The first, `language.0`, takes what `language` takes but for last_token, and returns `hidden`, which the next takes
-    with position_ids; the last takes last_token too and returns logits. Each has the cache of its own layers.
+    The first, `language.0`, takes what `language` takes but for last_token, and returns `hidden.<layer>`, which the
+    next takes with position_ids; the last takes last_token too and returns logits. Each has its own layers' cache.
 
     Raises:
         ConfigError: fewer layers than stages.
@@ -147,7 +147,9 @@ def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, lay
     first, last = layers.start == 0, layers.stop == text.num_hidden_layers
     cache = ("batch", text.num_key_value_heads, limits.cache_rows, text.head_size)
     per_token: tuple[Dim, ...] = ("batch", "sequence")
-    hidden = TensorSpec("hidden", dtype, (*per_token, text.hidden_size))
+    entering, leaving = (
+        TensorSpec(hidden_name(layer), dtype, (*per_token, text.hidden_size)) for layer in (layers.start, layers.stop)
+    )
     position_ids, last_token = (
         TensorSpec("position_ids", "int64", per_token),
         TensorSpec("last_token", "int64", ("batch",)),
@@ -159,7 +161,7 @@ def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, lay
         *([last_token] if last else []),
         TensorSpec("image_embeds", dtype, ("images", tokens, text.hidden_size)),
     )
-    go_on = (position_ids, *([last_token] if last else []), hidden)
+    go_on = (position_ids, *([last_token] if last else []), entering)
     ranges = {"batch": Range(1, 1, limits.max_batch), "images": Range(1, 1, limits.max_images)}
     return GraphContract(
         name=name,
@@ -168,7 +170,7 @@ def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, lay
             *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in past_names(i)),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", text.vocab_size)) if last else hidden,
+            TensorSpec("logits", "float32", ("batch", text.vocab_size)) if last else leaving,
             *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in present_names(i)),
         ),
         ranges={
@@ -181,6 +183,11 @@ def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, lay
 def cached_layers(contract: GraphContract) -> list[int]:
     """Decoder layers whose cache a graph holds, in order."""
     return [int(s.name.split(".")[1]) for s in contract.inputs if s.name.startswith("past.") and s.name.endswith("key")]
+
+
+def hidden_name(layer: int) -> str:
+    """What passes from one stage to the next: the hidden states [B, S, D] that enter a decoder layer."""
+    return f"hidden.{layer}"
 
 
 def past_names(layer: int) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 Work put on a stream happens when somebody synchronises, so what is read too early is wrong. Memory holds NaN until
 written, is known by address and size, and is gone once its buffer is. Every thread has to make the device current. A
-plan file holds the path of an ONNX file, which ONNX Runtime runs on the device's memory.
+plan file holds the path of an ONNX file, which ONNX Runtime runs on the device's memory; a bf16 one in float32, its
+cache being rounded to bf16 after each run.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
-ORT_DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-NUMPY_DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
+from engines.widen import widened
+
+ONNX_DTYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.INT64: "INT64"}
+ONNX_DTYPES |= {onnx.TensorProto.BFLOAT16: "BF16"}
+NUMPY_DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "BF16": ml_dtypes.bfloat16}
 
 
 class CudaError(Exception):
@@ -230,9 +237,14 @@ class Engine:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.gpu, self.logger = gpu, logger
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(path, load_external_data=False).graph
+        bf16 = any(t.data_type == onnx.TensorProto.BFLOAT16 for t in graph.initializer)
+        with widened(path) if bf16 else nullcontext(path) as file:
+            self.session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.inputs = {t.name: t for t in self.session.get_inputs()}
         self.tensors = self.inputs | {t.name: t for t in self.session.get_outputs()}
+        declared = (*graph.input, *graph.output)
+        self.dtypes = {t.name: DataType[ONNX_DTYPES[t.type.tensor_type.elem_type]] for t in declared}
 
     @property
     def num_io_tensors(self) -> int:
@@ -245,7 +257,7 @@ class Engine:
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType[ORT_DTYPES[self.tensors[name].type]]
+        return self.dtypes[name]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else -1 for d in self.tensors[name].shape)
@@ -298,10 +310,12 @@ class Context:
         for name, shape in shapes.items():
             dtype = np.dtype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name])
             content = self.gpu.read(addresses[name], int(np.prod(shape)) * dtype.itemsize)
-            feeds[name] = content.view(dtype).reshape(shape)
+            array = content.view(dtype).reshape(shape)
+            feeds[name] = array.astype(np.float32) if dtype == ml_dtypes.bfloat16 else array
         names = [n for n in self.engine.tensors if n not in self.engine.inputs]
         for name, array in zip(names, self.engine.session.run(names, feeds), strict=True):
-            self.gpu.write(addresses[name], np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            typed = array.astype(NUMPY_DTYPES[self.engine.get_tensor_dtype(name).name], copy=False)
+            self.gpu.write(addresses[name], np.ascontiguousarray(typed).reshape(-1).view(np.uint8))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:

@@ -13,7 +13,7 @@ from export.vision import vision_model
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import Manifest, timestamp, write_manifest
 from flowcut.config import Precision
-from flowcut.contract import Limits, language_contract, vision_contract
+from flowcut.contract import Limits, language_contracts, stage_names, vision_contract
 from flowcut.preprocess import ImageSettings
 from flowcut.schedule import Schedule, make_schedule
 
@@ -37,29 +37,39 @@ def write_engine(
     limits: Limits = LIMITS,
     backend: str = "ort",
     random: bool = False,
+    vision_precision: Precision | None = None,
+    stages: int = 1,
 ) -> TinyEngine:
-    """`random`: seeded weights, which answer at length.
+    """`random`: seeded weights, which answer at length. `vision_precision`: None for the decoder's.
 
     For rtx and trt the engine files hold the path of their ONNX file, which is what tests/fake_gpu.py runs.
     """
     directory.mkdir()
     found = resolve(model, random=random)
     schedule = make_schedule("static", found.config.vision, tokens)
-    vision = vision_contract(found.config, tokens, precision, limits)
-    language = language_contract(found.config, tokens, precision, limits)
-    save(vision_model(found.weights, vision, schedule, precision, {}), directory / "vision.onnx")
-    save(language_model(found.weights, language, precision, {}), directory / "language.onnx")
+    eyes = vision_precision or precision
+    vision = vision_contract(found.config, tokens, eyes, limits, precision)
+    save(vision_model(found.weights, vision, schedule, eyes, {}), directory / "vision.onnx")
+    for stage in language_contracts(found.config, tokens, precision, limits, stages):
+        save(language_model(found.weights, stage, precision, {}), directory / f"{stage.name}.onnx")
     if backend != "ort":
-        for graph in ("vision", "language"):
+        for graph in ("vision", *stage_names(stages)):
             (directory / f"{graph}.engine").write_text(str(directory / f"{graph}.onnx"), encoding="utf-8")
     shutil.copy(found.files / "tokenizer.json", directory)
     settings = ImageSettings.from_directory(found.files, found.config.vision.image_size)
     (directory / "preprocessor.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
-    write_manifest(directory, _manifest(found, schedule, precision, limits, backend))
+    write_manifest(directory, _manifest(found, schedule, (precision, eyes), stages, limits, backend))
     return TinyEngine(directory, found, schedule)
 
 
-def _manifest(model: Model, schedule: Schedule, precision: Precision, limits: Limits, backend: str) -> Manifest:
+def _manifest(
+    model: Model,
+    schedule: Schedule,
+    precisions: tuple[Precision, Precision],
+    stages: int,
+    limits: Limits,
+    backend: str,
+) -> Manifest:
     return Manifest(
         source="",
         model=model.name,
@@ -69,7 +79,10 @@ def _manifest(model: Model, schedule: Schedule, precision: Precision, limits: Li
         geometry=model.config,
         tokens=schedule.tokens,
         schedule=schedule.to_dict(),
-        precision=precision,
+        precision=precisions[0],
+        vision_precision=precisions[1],
+        stages=stages,
+        calibration={},
         backend=backend,  # type: ignore[arg-type]
         limits=limits,
         versions={},

@@ -343,7 +343,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"tokenizer.*; vision\.onnx: exp",
     ),
     "no manifest": (lambda d: (d / "manifest.json").unlink(), r"without manifest\.json"),
-    "bf16": (lambda d: _write_as(d, precision="bf16"), "precision must be fp16 or fp32 to be run, got 'bf16'"),
+    "bf16": (lambda d: _write_as(d, precision="bf16"), r"language\.onnx must be a bf16 graph, got one without"),
     "other limits": (lambda d: _write_as(d, limits=replace(LIMITS, max_prompt=65)), r"changed past\.0\.key"),
 }
 

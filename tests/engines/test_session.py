@@ -17,7 +17,8 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines import session as module
 from engines.session import OrtSession, feeds_of, results_of, state_pairs
-from flowcut.contract import GraphContract, language_contract, vision_contract
+from export.builder import GraphBuilder, save
+from flowcut.contract import GraphContract, Range, TensorSpec, language_contract, vision_contract
 from flowcut.errors import EngineError
 
 Feeds = dict[str, np.ndarray]
@@ -175,6 +176,27 @@ def test_the_cache_is_told_from_the_other_tensors(tiny: TinyEngine) -> None:
         s.name for s in language.outputs
     ]
     assert (state_pairs(vision), feeds_of(vision), results_of(vision)) == ([], [*vision.inputs], [*vision.outputs])
+
+
+def test_a_bf16_cache_is_bound_in_place(tmp_path: Path) -> None:
+    """As a provider with bf16 kernels would be given it; the CPU's has those of Cast."""
+    cache = TensorSpec("past.0.key", "bfloat16", ("batch", 1, 2, 3))
+    present = replace(cache, name="present.0.key")
+    values = (replace(cache, name="past.0.value"), replace(cache, name="present.0.value"))
+    row, out = TensorSpec("row", "float32", ("batch",)), TensorSpec("seen", "float32", ("batch", 1, 2, 3))
+    contract = GraphContract("language", (row, cache, values[0]), (out, present, values[1]), {"batch": Range(1, 1, 4)})
+    b = GraphBuilder("language")
+    fed, past, value = (b.input(spec) for spec in contract.inputs)
+    seen = b.cast(past, "bfloat16", "float32")
+    added = b.op("Add", seen, b.op("Reshape", fed, b.const([-1, 1, 1, 1], "int64")))
+    outputs = {"seen": b.op("Identity", seen), present.name: b.cast(added, "float32", "bfloat16")}
+    outputs[values[1].name] = b.cast(b.cast(value, "bfloat16", "float32"), "float32", "bfloat16")
+    save(b.model(contract, outputs, {}), tmp_path / "language.onnx")
+    session = OrtSession(tmp_path / "language.onnx", contract)
+    state, feeds = session.allocate_state(2), {"row": np.array([1.5, -2], np.float32)}
+    for step in range(3):
+        got = session.run(feeds, state).arrays["seen"]
+        np.testing.assert_array_equal(got, np.broadcast_to(step * feeds["row"][:, None, None, None], got.shape))
 
 
 def test_cuda_computes_without_tf32_and_the_cpu_is_used_where_it_does_not_start(

@@ -19,6 +19,8 @@ from engines.backends import gpu_present
 from engines.cuda_device import CudaDevice
 from engines.session import OrtSession
 from engines.trt_session import TrtSession
+from engines.widen import widened, widened_contract
+from flowcut.aliases import resolve
 from flowcut.contract import GraphContract, language_contract, vision_contract
 from flowcut.errors import EngineError, FlowCutError
 
@@ -161,6 +163,27 @@ def test_a_used_cache_is_cleared_before_it_is_used_again(open_session: Open) -> 
     gc.collect()
     again = session.run(feeds, session.allocate_state(2)).arrays["logits"]
     assert np.isfinite(again).all()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_bf16_decoder_exchanges_float32_and_keeps_its_cache_in_two_bytes(
+    gpu: FakeGpu, tmp_path: Path, batch: int
+) -> None:
+    directory = write_engine(tmp_path / "engine", precision="bf16", backend="rtx").directory
+    contract = language_contract(resolve("llava-tiny").config, 16, "bf16", LIMITS)
+    session = TrtSession(directory / "language.engine", contract, "rtx", CudaDevice("rtx"))
+    with widened(directory / "language.onnx") as path:
+        other = OrtSession(path, widened_contract(contract))
+    feeds = prompts(batch)
+    feeds["image_embeds"] = feeds["image_embeds"].astype(np.float32)
+    state, alone = session.allocate_state(batch), other.allocate_state(batch)
+    greatest = LIMITS.max_batch * 4 * LIMITS.cache_rows * 48  # heads, rows, size
+    assert {buffer.size for buffer in state.buffers.values()} == {2 * greatest}
+    for step in [feeds, *(next_tokens(feeds, i) for i in range(3))]:
+        got, expected = (s.run(step, own).arrays["logits"] for s, own in ((session, state), (other, alone)))
+        assert got.dtype == np.float32
+        assert float(np.abs(got - expected).max()) <= 0.02 * float(np.abs(expected).max())  # the cache's rounding
+    assert not np.array_equal(got, expected)  # which there was
 
 
 @pytest.mark.parametrize("batches", [(2, 1), (2, 2)])

@@ -33,9 +33,9 @@ def test_stages_share_the_layers_evenly_and_in_order(stages: int) -> None:
 def test_stages_hand_on_hidden_states_and_only_the_last_knows_the_last_token() -> None:
     first, middle, last = language_contracts(CONFIG, 64, "fp16", LIMITS, 3)
     assert names(first.inputs) == ["input_ids", "position_ids", "image_rows", "image_embeds"]
-    assert names(middle.inputs) == ["position_ids", "hidden"]
-    assert names(last.inputs) == ["position_ids", "last_token", "hidden"]
-    assert [names(c.outputs) for c in (first, middle, last)] == [["hidden"], ["hidden"], ["logits"]]
+    assert names(middle.inputs) == ["position_ids", "hidden.11"]
+    assert names(last.inputs) == ["position_ids", "last_token", "hidden.21"]
+    assert [names(c.outputs) for c in (first, middle, last)] == [["hidden.11"], ["hidden.21"], ["logits"]]
     assert first.ranges.keys() == {"batch", "images", "sequence"}
     assert middle.ranges.keys() == last.ranges.keys() == {"batch", "sequence"}
 

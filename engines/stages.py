@@ -1,0 +1,53 @@
+"""A decoder in several graphs, run as one session.
+
+Between two stages the hidden states stay where they are computed, in memory of their own, so that several requests may
+be on their way. All stages of an engine share one device now; with one for each, they would be copied as they go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from engines.session import Array, DeviceTensor, Result, Session, State, feeds_of, results_of, sizes_of
+from flowcut.contract import GraphContract
+from flowcut.errors import EngineError
+
+
+class ChainState:
+    """The cache of each stage."""
+
+    def __init__(self, batch: int, stages: Sequence[State]) -> None:
+        self.batch = batch
+        self.stages = tuple(stages)
+
+
+class Chain:
+    """Consecutive graphs of one decoder, see Session.
+
+    Args:
+        contract: of the whole decoder in one graph.
+        stages: with the contracts of flowcut.contract.language_contracts, in their order; all of one backend.
+    """
+
+    def __init__(self, contract: GraphContract, stages: Sequence[Session]) -> None:
+        self.contract, self.stages = contract, tuple(stages)
+
+    def allocate_state(self, batch: int) -> ChainState:
+        """See Session."""
+        return ChainState(batch, [stage.allocate_state(batch) for stage in self.stages])
+
+    def run(
+        self, feeds: Mapping[str, Array | DeviceTensor], state: State | None = None, keep: Collection[str] = ()
+    ) -> Result:
+        """See Session. device_ms is the sum over stages, without what passes between them."""
+        sizes_of(self.contract, feeds, state)
+        if not isinstance(state, ChainState):
+            raise EngineError(f"{self.contract.name} must be run with a state that it allocated, got another's.")
+        known, device_ms = dict(feeds), 0.0
+        for stage, own in zip(self.stages, state.stages, strict=True):
+            last = stage is self.stages[-1]
+            wanted = {spec.name: known[spec.name] for spec in feeds_of(stage.contract)}
+            result = stage.run(wanted, own, keep if last else [spec.name for spec in results_of(stage.contract)])
+            known |= result.kept
+            device_ms += result.device_ms
+        return Result(result.arrays, result.kept, device_ms)
