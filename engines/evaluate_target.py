@@ -141,7 +141,7 @@ def _open_directory(settings: EvalSettings, directory: Path) -> tuple[Subject, A
         )
     manifest = read_manifest(directory)
     _check_built(settings, manifest, directory)
-    engine = load_engine(directory, settings.backend, settings.threads)
+    engine = load_engine(directory, settings.backend, settings.threads, exact=True)
     subject = Subject(
         model=manifest.model,
         note=manifest.note,
@@ -165,7 +165,8 @@ def _check_built(settings: EvalSettings, manifest: Manifest, directory: Path) ->
         "precision": (settings.precision, manifest.precision),
     }
     if settings.schedule and settings.schedule.endswith(".json"):
-        built["schedule"] = make_schedule(settings.schedule, vision, manifest.tokens).to_dict(), dict(schedule)
+        asked = make_schedule(settings.schedule, vision, manifest.tokens)  # without what it was calibrated on
+        built["schedule"] = asked.to_dict(), Schedule.from_dict(schedule).to_dict()
     for field, (given, own) in built.items():
         if given is not None and given != own:
             raise ConfigError(
@@ -238,7 +239,7 @@ def _exported(settings: EvalSettings, schedules: Sequence[Schedule], progress: P
         with tempfile.TemporaryDirectory(prefix="flowcut-") as directory:
             target = Path(directory) / "engine"
             build_directory(_build(settings, schedule, target), progress)
-            yield schedule.selector, EngineAnswerer(load_engine(target, "ort", settings.threads))
+            yield schedule.selector, EngineAnswerer(load_engine(target, "ort", settings.threads, exact=True))
 
 
 def _build(settings: EvalSettings, schedule: Schedule, target: Path) -> BuildSettings:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from engines.backends import CHOICES, Backend, gpu_present, trt_module
 from engines.cuda_device import CudaDevice, cuda_core, no_gpu
@@ -26,6 +27,13 @@ LOG = logging.getLogger("flowcut.engines")
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor.json"
 
 
+class OrtOptions(NamedTuple):
+    """See OrtSession."""
+
+    threads: int | None
+    exact: bool
+
+
 @dataclass(frozen=True)
 class Parts:
     """What an engine is made of, ready to use."""
@@ -38,14 +46,14 @@ class Parts:
     settings: ImageSettings
 
 
-def open_directory(directory: Path, backend: str, threads: int | None) -> Parts:
+def open_directory(directory: Path, backend: str, threads: int | None, exact: bool = False) -> Parts:
     """Check a directory and open what is in it. See engines.runtime.load_engine."""
     if threads is not None and threads < 1:
         raise ConfigError(f"threads must be at least 1, got {threads!r}.")
     manifest = read_manifest(directory)
     chosen = choose_backend(manifest, backend)
     check_used_files(directory, manifest, chosen)
-    vision, language = _sessions(directory, manifest, chosen, threads)
+    vision, language = _sessions(directory, manifest, chosen, OrtOptions(threads, exact))
     geometry = manifest.geometry
     tokenizer = Tokenizer.from_file(directory / TOKENIZER, geometry.image_token_id, geometry.text.vocab_size)
     settings = ImageSettings.from_dict(json.loads((directory / PREPROCESSOR).read_text(encoding="utf-8")))
@@ -103,12 +111,12 @@ def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> N
         raise EngineError(f"{directory} must hold what was built there, got {'; '.join(problems)}. Build it again.")
 
 
-def _sessions(directory: Path, manifest: Manifest, backend: Backend, threads: int | None) -> tuple[Session, Session]:
+def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: OrtOptions) -> tuple[Session, Session]:
     """Vision and the decoder, whose stages are one session."""
     built_for = (manifest.geometry, manifest.tokens, manifest.precision, manifest.limits)
     contracts = graph_contracts(manifest)
     if backend == "ort":
-        sessions = _ort_sessions(directory, manifest, contracts, threads)
+        sessions = _ort_sessions(directory, manifest, contracts, options)
     else:
         device = CudaDevice(backend)  # one for all: a stage of the decoder could have one of its own
         sessions = [TrtSession(directory / f"{c.name}.engine", c, backend, device) for c in contracts]
@@ -129,7 +137,7 @@ def graph_precisions(manifest: Manifest) -> dict[str, Precision]:
 
 
 def _ort_sessions(
-    directory: Path, manifest: Manifest, contracts: Sequence[GraphContract], threads: int | None
+    directory: Path, manifest: Manifest, contracts: Sequence[GraphContract], options: OrtOptions
 ) -> list[Session]:
     """bf16 graphs as they are on a GPU whose provider takes them, else widened to float32."""
     precisions, sessions, wide = graph_precisions(manifest), list[Session](), list[str]()
@@ -137,22 +145,22 @@ def _ort_sessions(
         path = directory / f"{contract.name}.onnx"
         session = None
         if precisions[contract.name] != "bf16":
-            session = OrtSession(path, contract, threads)
+            session = OrtSession(path, contract, *options)
         elif on_cuda():
-            session = _unless_refused(path, contract, threads)
+            session = _unless_refused(path, contract, options)
         if session is None:
             wide.append(contract.name)
             with widened(path) as copy:
-                session = OrtSession(copy, widened_contract(contract), threads)
+                session = OrtSession(copy, widened_contract(contract), *options)
         sessions.append(session)
     if wide:
         LOG.warning("%s: %s.", ", ".join(wide), NOTE)
     return sessions
 
 
-def _unless_refused(path: Path, contract: GraphContract, threads: int | None) -> OrtSession | None:
+def _unless_refused(path: Path, contract: GraphContract, options: OrtOptions) -> OrtSession | None:
     try:
-        return OrtSession(path, contract, threads)
+        return OrtSession(path, contract, *options)
     except EngineError as error:
         LOG.info("%s: not as it is: %s", contract.name, error)
         return None

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.backends import MODULES
 from engines.profiles import check_tensors
-from engines.session import Array, results_of, state_pairs
+from engines.session import EXACT, Array, results_of, state_pairs
 from engines.widen import widened
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.deps import require
@@ -43,8 +43,7 @@ def onnx_runner(path: Path, bf16: bool = False) -> Any:
     # Warns of every cache it copies, which it does here since the runner hands it over as arrays. Polygraphy's own
     # loader, SessionFromOnnx, has no way to say so.
     options.log_severity_level = 3
-    # By default it rounds what int8 and int4 weights are multiplied by to int8 as well: ten times fp16's errors.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry(*EXACT)
 
     def load() -> Any:
         with widened(path) if bf16 else nullcontext(path) as file:

@@ -81,7 +81,9 @@ class Generation:
     latency_ms: Mapping[str, float]
 
 
-def load_engine(directory: Path | str, backend: str = "auto", threads: int | None = None) -> LlavaEngine:
+def load_engine(
+    directory: Path | str, backend: str = "auto", threads: int | None = None, exact: bool = False
+) -> LlavaEngine:
     """Load an engine directory.
 
     Args:
@@ -90,12 +92,14 @@ def load_engine(directory: Path | str, backend: str = "auto", threads: int | Non
             no GPU or its library is not installed. A plan that is refused, as one for another GPU or version is, is an
             error with "auto" too.
         threads: of ONNX Runtime on the CPU; None leaves it to choose.
+        exact: on the CPU, multiply int8 and int4 weights by activations as they are, as TensorRT does. ONNX Runtime
+            rounds these to int8 too, unless told not to, and is several times as fast.
 
     Raises:
         EngineError: not an engine directory, one whose files have changed, or an engine that cannot run here.
         FlowCutError: the backend's library is not installed.
     """
-    parts = open_directory(Path(directory), backend, threads)
+    parts = open_directory(Path(directory), backend, threads, exact)
     return LlavaEngine(parts.manifest, parts.backend, parts.vision, parts.language, parts.tokenizer, parts.settings)
 
 

@@ -28,6 +28,8 @@ LOG = logging.getLogger("flowcut.onnxruntime")
 Array = NDArray[Any]
 # TF32, its default, rounds float32 products to 10 bits, and near-equal flow scores would rank differently.
 CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": 0})
+EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
+"""ONNX Runtime's setting by which inputs of int8 and int4 layers stay float32. By default, 4, they become int8."""
 _BFLOAT16 = 16  # ONNX's number for it
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called as numpy does
 
@@ -193,20 +195,22 @@ class OrtSession:
     """A graph on ONNX Runtime: its CUDA provider where that is installed and a GPU is present, else the CPU.
 
     threads: of the CPU provider; None means ONNX Runtime's choice, the physical cores.
+    exact: multiply int8 and int4 weights by what the graph says. The CPU provider rounds that to int8 as well unless
+        told not to: ten times float16's errors, but decoding is 8 times as fast in int4 and 50 times in int8.
 
     Raises:
         FlowCutError: onnxruntime is not installed.
         EngineError: a file that does not load, or that is not the contract's graph.
     """
 
-    def __init__(self, path: Path, contract: GraphContract, threads: int | None = None) -> None:
+    def __init__(self, path: Path, contract: GraphContract, threads: int | None = None, exact: bool = False) -> None:
         self.contract = contract
         self._ort = require("onnxruntime", extra="cpu")
         cuda = on_cuda()
         self.device = "cuda" if cuda else "cpu"
         providers = [CUDA_PROVIDER] * cuda + ["CPUExecutionProvider"]
         try:
-            self._session = self._ort.InferenceSession(path, _options(self._ort, threads), providers=providers)
+            self._session = self._ort.InferenceSession(path, _options(self._ort, threads, exact), providers=providers)
         except Exception as error:  # its errors share no base class
             raise EngineError(f"{path} could not be loaded by ONNX Runtime: {_one_line(error)}") from error
         if cuda and "CUDAExecutionProvider" not in self._session.get_providers():
@@ -277,7 +281,7 @@ def _bind_array(binding: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> Arr
     return array
 
 
-def _options(ort: Any, threads: int | None) -> Any:
+def _options(ort: Any, threads: int | None, exact: bool) -> Any:
     options = ort.SessionOptions()
     # It writes to stderr, past Python's logging: errors that are raised as well, warnings that nobody here can act on.
     options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
@@ -285,11 +289,11 @@ def _options(ort: Any, threads: int | None) -> Any:
     # Weights are prepacked (the default), which takes a copy of them in memory but computes 104 tokens of 4 layers at
     # width 2048 in 295 ms instead of 446; decoding, bound by memory, gains nothing. float16 weights become float32
     # either way, since the CPU provider has no float16 matrix product: twice the file's size.
-    # What int8 and int4 weights are multiplied by it rounds to int8 as well (qdq_matmulnbits_accuracy_level 4, its
-    # default), at ten times fp16's errors. Not doing so, decoding takes eight times as long in int4, 50 times in int8.
     # Two sessions take turns: threads of the one that is done must not spin on the cores that the other needs. On two
     # cores this takes llava-tiny's vision from 13 to 9 ms.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if exact:
+        options.add_session_config_entry(*EXACT)
     return options
 
 

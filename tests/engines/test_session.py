@@ -324,3 +324,22 @@ def test_language_on_the_cuda_provider_agrees_with_the_cpu(
         cuda, cpu = (s.run(step, state).arrays["logits"] for s, state in zip(sessions, states, strict=True))
         assert_close(cuda, cpu)
         np.testing.assert_array_equal(cuda.argmax(-1), cpu.argmax(-1))
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_exact_leaves_the_inputs_of_rounded_weights_as_they_are(precision: str, tmp_path: Path) -> None:
+    """ONNX Runtime without optimizations joins no DequantizeLinear with its product, so it rounds no input."""
+    engine = write_engine(tmp_path / "engine", precision=precision)  # type: ignore[arg-type]
+    path, contract = tmp_path / "engine" / "vision.onnx", vision_contract(engine.model.config, 16, precision, LIMITS)
+    feeds = {"pixel_values": pixels(engine, 1)["pixel_values"].astype(np.float16)}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    truth, kept = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    errors = {}
+    for exact in (True, False):
+        arrays = OrtSession(path, contract, exact=exact).run(feeds).arrays
+        same = np.flatnonzero(np.isin(kept[0], arrays["kept"][0]))
+        rows = np.searchsorted(arrays["kept"][0], kept[0][same])
+        errors[exact] = np.abs(arrays["image_embeds"][0, rows] - truth[0, same]).mean() / np.abs(truth).mean()
+    assert errors[True] < 5e-3
+    assert errors[False] > 3 * errors[True]
