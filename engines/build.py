@@ -110,7 +110,7 @@ def _epitaph(request: BuildRequest, status: int, output: IO[bytes]) -> str:
     text = output.read().decode(errors="replace").strip()
     LOG.debug("output of the build process: %s", text)
     cause = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+    hint = " (out of memory? STAGES=2 or PRECISION=int4 take less)" if status == -signal.SIGKILL else ""
     last = text.splitlines()[-1] if text else "it printed nothing"
     return f"{request.onnx_path} could not be built: TensorRT's process ended with {cause}{hint}: {last}"
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.rounding import block_size
 from engines.backends import Backend, gpu_sm, target_capabilities, trt_module
+from engines.widen import free_memory
 from flowcut.aliases import Model
 from flowcut.checkpoint import Weights
 from flowcut.config import QUANTIZED, LlavaConfig, Precision
@@ -28,6 +29,8 @@ CALIBRATION = "calibration.safetensors"
 """Beside a checkpoint: used where none is named. In an engine directory: the one that was used."""
 NEEDED_SM = {"fp8": 89}
 """The least compute capability that has a type, where that is more than any GPU here has."""
+COMPILER_SHARE = (1.1, 2.1)
+"""Memory that compiling takes, of a graph's weights: as they are, and rounded (docs/results/full_size.md)."""
 _PARTS = ("language", "vision")
 
 
@@ -170,6 +173,19 @@ def weight_bytes(config: LlavaConfig, numerics: Numerics) -> int:
         linear = len(shape) == 2 and layer
         total += int(prod(shape) * _bytes(own if linear else "fp32" if own == "fp32" else "fp16"))
     return total
+
+
+def warn_of_memory(config: LlavaConfig, numerics: Numerics) -> None:
+    """Say so where compiling will probably take more memory than there is, and what takes less."""
+    whole = weight_bytes(config, numerics)
+    tower = weight_bytes(replace(config, text=replace(config.text, num_hidden_layers=1)), numerics)
+    graph = (whole - tower) / numerics.stages + tower
+    needed, free = graph * COMPILER_SHARE[numerics.precision in QUANTIZED], free_memory()
+    if free is not None and free < needed:
+        LOG.warning(
+            "Compiling takes about %.0f GB of memory, and %.0f GB are free. --stages %d or --precision int4 take less.",
+            needed / 1e9, free / 1e9, numerics.stages * 2,
+        )  # fmt: skip
 
 
 def _bytes(precision: Precision) -> float:

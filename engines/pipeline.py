@@ -20,7 +20,15 @@ from rich.progress import Progress
 
 from engines.backends import Backend, built_for, check_build, resolve_backend, trt_module
 from engines.build import BuildReport, build_engine
-from engines.numerics import CALIBRATION, Numerics, build_targets, check_precision, choose_numerics, weight_bytes
+from engines.numerics import (
+    CALIBRATION,
+    Numerics,
+    build_targets,
+    check_precision,
+    choose_numerics,
+    warn_of_memory,
+    weight_bytes,
+)
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import (
     Manifest,
@@ -131,6 +139,8 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     check_replaceable(target)
     needed = weight_bytes(model.config, numerics)
     check_space(target, needed + SETTINGS_BYTES + (0 if backend == "ort" else needed + CODE_BYTES))
+    if backend != "ort":
+        warn_of_memory(model.config, numerics)
     targets = build_targets(backend, {numerics.precision, numerics.vision}, settings.compute_capabilities)
 
     replaced = _standing(target)

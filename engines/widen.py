@@ -107,14 +107,14 @@ def _check_room(directory: Path, weight_bytes: int) -> None:
         check_space(directory, weight_bytes + _GRAPH_BYTES)
     except EngineError as error:
         raise EngineError(f"{error} TMPDIR says where temporary files go. {remedy}") from None
-    if (free := _free_memory()) is not None and free < weight_bytes:
+    if (free := free_memory()) is not None and free < weight_bytes:
         raise EngineError(
             f"free memory must be at least {weight_bytes / 1e9:.1f} GB to run bf16 weights in float32, got "
             f"{free / 1e9:.1f} GB. {remedy}"
         )
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes that can be had without swapping; None where the system does not tell."""
     try:
         found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMORY.read_text(encoding="ascii"), re.MULTILINE)

@@ -296,7 +296,7 @@ def test_directory_and_a_schedule_file(directory: Path, tmp_path: Path) -> None:
             ConfigError,
             r"backend must be torch or ort for a checkpoint, got 'rtx'\. `flowcut engine",
         ),
-        ({"precision": "fp16"}, ConfigError, r"precision must be fp32 with torch, got 'fp16'\. --backend ort has others"),
+        ({"precision": "fp16"}, ConfigError, r"precision must be fp32 with torch, got 'fp16'\. --backend ort"),
         ({"split": "training"}, InputError, r"split must be one of train, val, test, got 'training'\."),
         ({"answers": Path("nowhere/a.jsonl")}, InputError, r"answers must be a file in an existing directory, got"),
         ({"answers": Path()}, InputError, r"answers must be a file in an existing directory, got '\.'\."),

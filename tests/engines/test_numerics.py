@@ -93,6 +93,21 @@ def test_int4_is_refused_for_layers_that_no_block_divides(random_tiny: Model) ->
         choose_numerics(replace(random_tiny, config=odd), "ort", "int4", None, 1, None)
 
 
+def test_a_build_beyond_the_memory_is_announced_with_what_takes_less(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """LLaVA-1.5-13B's 26 GB of float16 weights, and a machine of 24 GB with 22 GB free."""
+    config = resolve("llava-1.5-13b", random=True).config
+    monkeypatch.setattr(module, "free_memory", lambda: 22_000_000_000)
+    module.warn_of_memory(config, Numerics("fp16", "fp16"))
+    assert "Compiling takes about 29 GB of memory, and 22 GB are free. --stages 2" in caplog.text
+    caplog.clear()
+    for fits in (Numerics("fp16", "fp16", stages=2), Numerics("int4", "int8")):
+        module.warn_of_memory(config, fits)
+    module.warn_of_memory(resolve("llava-1.5-7b", random=True).config, Numerics("fp16", "fp16"))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_predicted_bytes_are_those_that_are_written_but_for_the_towers_unused_layer(
     precision: Precision, tmp_path: Path
