@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
 from flowcut.errors import ConfigError, InputError
-from flowcut.preprocess import open_image
+from flowcut.preprocess import ImageSettings, open_image, pixel_values
 
 LOG = logging.getLogger("flowcut.calib")
 _SHOWN = 3
@@ -105,6 +107,21 @@ def split(pictures: Sequence[Picture]) -> tuple[tuple[Picture, ...], tuple[Pictu
     return tuple(ordered[::2]), tuple(ordered[1::2])
 
 
+def read_pixels(picture: Picture, settings: ImageSettings) -> NDArray[np.float32]:
+    """[1, 3, S, S] of a picture that is still the one that was found.
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        content = picture.path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{picture.path} must stay readable, got: {error.strerror}.") from None
+    if hashlib.sha256(content).hexdigest() != picture.sha256:
+        raise InputError(f"{picture.path} must stay as it was found, got other content. Run the command again.")
+    return pixel_values([open_image(content)], settings)
+
+
 def _picture_files(directory: Path) -> list[tuple[str, Path]]:
     """(name, path) of every file that is named as a picture, by name."""
     if not directory.is_dir():
@@ -123,7 +140,8 @@ def _picture_files(directory: Path) -> list[tuple[str, Path]]:
 def _visible_files(directory: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(directory, onerror=_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder) / name for name in names if not name.startswith("."))
+        paths = (Path(folder) / name for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # a pipe would wait for a writer
 
 
 def _unreadable(error: OSError) -> None:
@@ -155,7 +173,11 @@ def _examine(
     digest = hashlib.sha256(content).hexdigest()
     if digest in usable:
         raise InputError(f"same content as {usable[digest].name}")
-    image = open_image(content)
+    try:
+        image = open_image(content)
+    except InputError as error:
+        unknown = "that Pillow reads" in str(error)  # it would call the picture by no name
+        raise InputError("damaged, or not a picture that Pillow reads" if unknown else str(error)) from None
     if check is not None:
         check(image)
     return Picture(path, name, digest)

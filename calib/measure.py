@@ -6,30 +6,28 @@ with the hidden states of all samples. Each picture's and each layer's result is
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from calib.awq import search
-from calib.dataset import Picture
+from calib.dataset import Picture, read_pixels
 from calib.groups import DECODER, Group, decoder_groups, vision_groups
 from calib.inputs import Inputs, Pick
 from calib.partial import Partial
 from flowcut.checkpoint import Weights
-from flowcut.errors import CheckpointError, InputError
+from flowcut.errors import CheckpointError
 from flowcut.language import DecoderLayer, Step
 from flowcut.loading import load_module
-from flowcut.preprocess import ImageSettings, open_image, pixel_values
+from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Encoded
 from flowcut.schedule import Schedule
-from flowcut.tensors import Array, check_finite
+from flowcut.tensors import Array, check_finite, narrowed
 from flowcut.vision import VisionModel
 
 SAMPLED = 512
@@ -67,6 +65,8 @@ class Measured:
         self.ranges |= inputs.largest
         for group in groups:
             weights = [module.get_parameter(f"{layer.removeprefix(prefix)}.weight").numpy() for layer in group.layers]
+            for layer, weight in zip(group.layers, weights, strict=True):
+                narrowed(f"{layer}.weight", weight, np.float16, "int4")
             found = search(weights, inputs.sample(group.name), inputs.mean(group.name))
             self.scales[group.name] = found.scale
             self.errors[group.name] = {"before": _short(found.before), "after": _short(found.after)}
@@ -164,7 +164,7 @@ def _see(
     key = f"vision-{sample.picture.sha256}"
     if (saved := bench.partial.get(key)) is not None:
         return Inputs.restored(groups, *saved), saved[0]["embeds"]
-    inputs, pixels = Inputs(groups), torch.from_numpy(_pixels(sample.picture, settings))
+    inputs, pixels = Inputs(groups), torch.from_numpy(read_pixels(sample.picture, settings))
     with torch.inference_mode(), inputs.watching(model, "", sample.pick(bench.tokens_each)):
         embeds = model(pixels, schedule)[0][0].numpy()
     check_finite("image embeddings", embeds)
@@ -204,17 +204,6 @@ def _run_layer(bench: Bench, index: int, hidden: Sequence[Tensor], measured: Mea
             )
     measured.add(inputs, groups, layer, prefix)
     return out
-
-
-def _pixels(picture: Picture, settings: ImageSettings) -> NDArray[np.float32]:
-    """[1, 3, S, S] of a picture that is still the one that was found."""
-    try:
-        content = picture.path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{picture.path} must stay readable, got: {error.strerror}.") from None
-    if hashlib.sha256(content).hexdigest() != picture.sha256:
-        raise InputError(f"{picture.path} must stay as it was found, got other content. Run the command again.")
-    return pixel_values([open_image(content)], settings)
 
 
 def _short(error: float) -> float:

@@ -5,10 +5,7 @@ Nothing in the file depends on when, where or in how many attempts it was made.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,10 @@ from rich.progress import Progress
 from calib.calibration import Calibration, write_calibration
 from calib.dataset import Dataset, find_pictures
 from calib.groups import groups
+from calib.origin import check_out, circumstances, digest, partial_path, pictures_of
 from calib.partial import Partial
 from calib.rounding import block_size
 from flowcut.aliases import Model, resolve
-from flowcut.artifacts import installed_versions
 from flowcut.deps import require
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings, pixel_values
@@ -44,7 +41,6 @@ QUESTIONS = (
     "Describe the image in detail.",
 )
 """A stand-in for what users ask; one for each picture in turn."""
-VERSIONS = ("python", "flowcut-trt", "torch", "numpy", "pillow", "tokenizers")
 SUFFIX = ".safetensors"
 
 
@@ -115,7 +111,7 @@ def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quanti
         ConfigError, CheckpointError, InputError: a setting, checkpoint, picture or question that does not fit.
         EngineError: the disk. FlowCutError: PyTorch is not installed.
     """
-    _check_out(settings.out)
+    check_out(settings.out, SUFFIX)
     require("torch", extra="torch")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     if settings.precision != "fp8":
@@ -128,8 +124,9 @@ def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quanti
     )
     samples = _samples(model, dataset, prompts, schedule.tokens)
     origin = _origin(model, settings, dataset, prompts, schedule)
-    inputs = _digest([model.weights.sha256, image_settings.to_dict(), origin])
-    partial = Partial(settings.out.with_name(f".{settings.out.name}.partial"), inputs)
+    prompts_read = [[s.prompt.input_ids.tolist(), s.prompt.image_rows.tolist()] for s in samples]
+    inputs = digest([model.weights.sha256, image_settings.to_dict(), origin, prompts_read])
+    partial = Partial(partial_path(settings.out, directory=True), inputs)
     measured = _measure(model, settings, samples, schedule, image_settings, partial, progress)
     info = {**origin, "errors": measured.errors, "tokens": _tokens(samples, schedule)}
     ranges = {} if settings.precision == "int4" else measured.ranges
@@ -201,9 +198,8 @@ def _origin(
         "precision": settings.precision,
         "schedule": schedule.to_dict(),
         "questions": list(questions),
-        "pictures": [{"name": p.name, "sha256": p.sha256} for p in dataset.pictures],
-        "skipped": [{"name": name, "reason": reason} for name, reason in dataset.skipped],
-        "versions": _versions(),
+        **pictures_of(dataset),
+        **circumstances(("tokenizers",), settings.threads),
     }
 
 
@@ -216,29 +212,9 @@ def _tokens(samples: Sequence[Sample], schedule: Schedule) -> dict[str, int]:
     return {"visual": schedule.tokens, "language": sum(lengths), "compared": sum(min(n, each) for n in lengths)}
 
 
-def _check_out(out: Path) -> None:
-    if out.suffix != SUFFIX or not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(f"out must be a {SUFFIX} file in an existing directory, got {str(out)!r}.")
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"out must be in a directory that can be written, got {str(out)!r}.")
-
-
-def _versions() -> dict[str, str]:
-    """Of what the figures may depend on."""
-    import torch
-    from PIL import __version__ as pillow
-
-    known = installed_versions() | {"numpy": np.__version__, "pillow": pillow, "torch": str(torch.__version__)}
-    return {name: known[name] for name in VERSIONS}
-
-
 def _means(errors: dict[str, dict[str, float]], part: str) -> dict[str, float]:
     """Mean relative error of a part's groups, before and after."""
     from calib.groups import part_of
 
     mine = [error for name, error in errors.items() if part_of(name) == part]
     return {when: float(f"{np.mean([error[when] for error in mine]):.6g}") for when in ("before", "after")}
-
-
-def _digest(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -23,7 +23,7 @@ _INT4_SPAN = (-8.5, 7.5)
 """What the least and the largest of a block are scaled to, at most: half a step beyond int4, so that they are off no
 further than the others. Steps are finer than with (-7, 7): a fifth less squared error on normal weights. With (-8, 8) a
 large positive weight loses a whole step, and those that AWQ enlarges are such."""
-_LEAST_SCALE = float(np.finfo(np.float16).tiny)  # of weights that are all zero, or nearly
+_LEAST_SCALE = 2.0**-20  # of weights that are all zero, or nearly; float16 has 16 steps there
 
 
 @dataclass(frozen=True)

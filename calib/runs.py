@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,14 +11,14 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from calib.agreement import feature_cosine
-from calib.dataset import Picture
+from calib.dataset import Picture, read_pixels
 from calib.journal import Entry, Journal
-from flowcut.errors import InputError
-from flowcut.preprocess import ImageSettings, open_image, pixel_values
+from flowcut.errors import CheckpointError
+from flowcut.preprocess import ImageSettings
 from flowcut.schedule import Schedule
 
 if TYPE_CHECKING:
-    from calib.tower import Tower
+    from calib.tower import Run, Tower
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Runs:
             key = f"{picture.sha256} {_name(schedule)}"
             entry = self._journal.get(key)
             if entry is None:
-                run = self._tower.run(self._pixels(picture), schedule)
+                run = self._run(picture, read_pixels(picture, self._settings), schedule)
                 entry = self._journal.add(key, {"kept": _to_hex(run.kept)})
             found.append(_masks(entry))
         return found
@@ -70,23 +69,20 @@ class Runs:
     def _compare(self, picture: Picture, schedules: Sequence[Schedule], adaptive: Schedule) -> list[Compared]:
         keys = [f"{picture.sha256} {_name(schedule)} beside adaptive" for schedule in schedules]
         if not all(self._journal.get(key) for key in keys):
-            pixels = self._pixels(picture)
-            reference = self._tower.run(pixels, adaptive)
+            pixels = read_pixels(picture, self._settings)
+            reference = self._run(picture, pixels, adaptive)
             for key, schedule in zip(keys, schedules, strict=True):
-                run = self._tower.run(pixels, schedule)
+                run = self._run(picture, pixels, schedule)
                 self._journal.add(key, {"kept": _to_hex(run.kept), "cosine": feature_cosine(reference, run)})
         entries = [self._journal.get(key) or {} for key in keys]
         return [Compared(_masks(entry), entry["cosine"]) for entry in entries]
 
-    def _pixels(self, picture: Picture) -> NDArray[np.float32]:
-        """[1, 3, S, S] of a picture that is still the one that was found."""
+    def _run(self, picture: Picture, pixels: NDArray[np.float32], schedule: Schedule) -> Run:
+        """Raises CheckpointError that names the picture too."""
         try:
-            content = picture.path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{picture.path} must stay readable, got: {error.strerror}.") from None
-        if hashlib.sha256(content).hexdigest() != picture.sha256:
-            raise InputError(f"{picture.path} must stay as it was found, got other content. Run the command again.")
-        return pixel_values([open_image(content)], self._settings)
+            return self._tower.run(pixels, schedule)
+        except CheckpointError as error:
+            raise CheckpointError(f"{picture.path}: {error}") from None
 
 
 def _name(schedule: Schedule) -> str:

@@ -7,10 +7,8 @@ the same bytes: nothing in them depends on when, where or in how many attempts t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,10 +22,10 @@ from calib.choice import Choice, Counts, constants, spread
 from calib.dataset import Dataset, Picture, find_pictures, split
 from calib.flops import flops_share
 from calib.journal import Journal
+from calib.origin import check_out, circumstances, digest, partial_path, pictures_of
 from calib.runs import Compared, Runs
 from calib.search import best_within, check_share
 from flowcut.aliases import Model, resolve
-from flowcut.artifacts import installed_versions
 from flowcut.atomic import write_file
 from flowcut.deps import require
 from flowcut.errors import ConfigError
@@ -37,7 +35,6 @@ from flowcut.schedule import CALIBRATION, Schedule, closed_form, default_tokens,
 from flowcut.selector import selector
 
 LOG = logging.getLogger("flowcut.calib")
-VERSIONS = ("python", "flowcut-trt", "torch", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,9 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
     )
     halves = split(dataset.pictures)
     fingerprint = vision_sha256(model.weights)
-    inputs = _digest([fingerprint, adaptive.to_dict(), image_settings.to_dict(), _versions()])
-    journal = Journal(settings.out.with_name(f".{settings.out.name}.partial"), inputs)
+    around = circumstances((), settings.threads)
+    inputs = digest([fingerprint, adaptive.to_dict(), image_settings.to_dict(), around])
+    journal = Journal(partial_path(settings.out, directory=False), inputs)
     if len(journal):
         LOG.info("resumed: %d results are there already", len(journal))
     try:
@@ -256,19 +254,16 @@ def _origin(
     fingerprint: str,
 ) -> dict[str, Any]:
     """What both files say of where they come from."""
-    held_out = {picture.sha256 for picture in halves[1]}
+    names = ("calibration", "held_out")
+    half = {p.sha256: name for name, pictures in zip(names, halves, strict=True) for p in pictures}
     return {
         "vision_sha256": fingerprint,
         "model": model.name,
         "weights": f"random, seed {settings.seed}" if model.weights.random else "checkpoint",
         "geometry": asdict(model.config.vision),
         "choose": str(choice),
-        "pictures": [
-            {"name": p.name, "sha256": p.sha256, "half": "held_out" if p.sha256 in held_out else "calibration"}
-            for p in dataset.pictures
-        ],
-        "skipped": [{"name": name, "reason": reason} for name, reason in dataset.skipped],
-        "versions": _versions(),
+        **pictures_of(dataset, half=half),
+        **circumstances((), settings.threads),
     }
 
 
@@ -278,11 +273,10 @@ def _check_out(out: Path) -> Path:
     Raises:
         ConfigError: no .json file in an existing directory that can be written.
     """
+    check_out(out, ".json")
     masked = out.with_suffix(".masked.json")
-    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir() or masked.is_dir():
-        raise ConfigError(f"out must be a .json file in an existing directory, got {str(out)!r}.")
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"out must be in a directory that can be written, got {str(out)!r}.")
+    if masked.is_dir():
+        raise ConfigError(f"out must leave {masked.name} free for the masked schedule, got a directory of that name.")
     return masked
 
 
@@ -291,21 +285,8 @@ def _counts(kept: Sequence[Kept]) -> Counts:
     return np.array([[mask.bit_count() for mask in masks] for masks in kept], np.int64)
 
 
-def _versions() -> dict[str, str]:
-    """Of what the figures may depend on."""
-    import torch
-    from PIL import __version__ as pillow
-
-    known = installed_versions() | {"numpy": np.__version__, "pillow": pillow, "torch": str(torch.__version__)}
-    return {name: known[name] for name in VERSIONS}
-
-
 def _short(figures: dict[str, Any]) -> dict[str, Any]:
     return {name: figures[name] for name in ("final_jaccard", "feature_cosine")}
-
-
-def _digest(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _encoded(document: dict[str, Any]) -> bytes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from calib.patches import to_mask
 from flowcut.checkpoint import Weights
@@ -38,19 +40,17 @@ class Tower:
     def __init__(self, weights: Weights) -> None:
         self._layers = weights.config.vision.num_hidden_layers
         self._model = VisionModel.from_weights(weights)
+        for i, layer in enumerate(self._model.get_submodule("vision_tower.vision_model.encoder.layers").children()):
+            layer.register_forward_hook(partial(_check_finite, i))
 
     def run(self, pixels: NDArray[np.float32], schedule: Schedule) -> Run:
         """Prune one picture, [1, 3, S, S].
 
         Raises:
-            CheckpointError: finite weights whose features are not.
+            CheckpointError: finite weights that make an encoder layer's output infinite or NaN.
         """
         with torch.inference_mode():
             output = self._model.features(torch.from_numpy(pixels), schedule)
-        if not torch.isfinite(output.features).all():
-            raise CheckpointError(
-                "features of the vision tower must be finite, got NaN or infinity in float32. Mend the checkpoint."
-            )
         numbers, features = output.kept[0].numpy(), output.features[0].numpy()
         return Run(_kept_per_point(output, schedule, self._layers), numbers, features)
 
@@ -64,6 +64,14 @@ def torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _check_finite(number: int, _layer: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """A hook of each encoder layer, so that it is named before the pruner meets what it cannot count with."""
+    if not torch.isfinite(output).all():
+        raise CheckpointError(
+            f"output of encoder layer {number} must be finite, got NaN or infinity in float32. Mend the checkpoint."
+        )
 
 
 def _kept_per_point(output: VisionOutput, schedule: Schedule, layers: int) -> tuple[int, ...]:

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("flowcut.engines")
 CALIBRATION = "calibration.safetensors"
 """Beside a checkpoint: used where none is named. In an engine directory: the one that was used."""
-NEEDED_SM = {"fp8": 89}
-"""The least compute capability that has a type, where that is more than any GPU here has."""
+NEEDED_SM = {"bf16": 80, "fp8": 89}
+"""The least compute capability that has a type, of those that not every GPU has that TensorRT-RTX compiles for."""
+DEFAULT_SM = 80
+"""The least that TensorRT-RTX compiles for unless told otherwise."""
 COMPILER_SHARE = (1.1, 2.1)
 """Memory that compiling takes, of a graph's weights: as they are, and rounded (docs/results/full_size.md)."""
 _PARTS = ("language", "vision")
@@ -89,8 +91,13 @@ def choose_numerics(
     if not 1 <= stages <= model.config.text.num_hidden_layers:
         raise ConfigError(f"stages must be in 1..{model.config.text.num_hidden_layers} (layers), got {stages}.")
     _check_blocks(model.config, precision, chosen)
-    path = _calibration_file(model, calibration)
     used = {precision, chosen} & {"int4", "fp8"}
+    if calibration not in (None, "none") and not used:
+        raise ConfigError(
+            f"calibration must be left out for precisions {precision} and {chosen}, which take none, got "
+            f"{calibration!r}."
+        )
+    path = _calibration_file(model, calibration)
     if path is None or not used:
         if "fp8" in used:
             raise ConfigError(
@@ -100,7 +107,15 @@ def choose_numerics(
         return Numerics(precision, chosen, stages), None
     from calib.calibration import load_calibration
 
-    return Numerics(precision, chosen, stages, load_calibration(path, model.weights)), path
+    found = load_calibration(path, model.weights)
+    for own, has in (("int4", found.scales), ("fp8", found.ranges)):
+        if own in used and not has:
+            remedy = ", or round to nearest with --calibration none." if own == "int4" else "."
+            raise ConfigError(
+                f"calibration {path} must have been made with --precision {own} or all for precision {own}, got one "
+                f"without. Calibrate again{remedy}"
+            )
+    return Numerics(precision, chosen, stages, found), path
 
 
 def _vision_default(precision: Precision, backend: Backend) -> Precision:
@@ -149,7 +164,7 @@ def check_precision(backend: Backend, precisions: Collection[str], compute_capab
             targets = [sm for sm in [gpu_sm()] if sm is not None]
         if lacking := [f"sm{sm}" for sm in targets if sm < NEEDED_SM[precision]]:
             raise EngineError(
-                f"precision must be one of {', '.join(_others(precision))} on {', '.join(lacking)}, got {precision!r}, "
+                f"precision must be one of {', '.join(_on(min(targets)))} on {', '.join(lacking)}, got {precision!r}, "
                 f"which GPUs have from sm{NEEDED_SM[precision]} on. Choose one of these, or another GPU."
             )
     if backend == "trt" and "int8" in precisions:  # NVIDIA's documentation: "weight-only quantization ... for INT4"
@@ -159,7 +174,7 @@ def check_precision(backend: Backend, precisions: Collection[str], compute_capab
 def build_targets(backend: Backend, precisions: Collection[str], given: Sequence[str]) -> tuple[str, ...]:
     """GPUs to compile for: those given, else all that have the precision's types; () leaves it to the compiler."""
     needed = max((NEEDED_SM.get(precision, 0) for precision in precisions), default=0)
-    if given or not needed or backend != "rtx":
+    if given or needed <= DEFAULT_SM or backend != "rtx":
         return tuple(given)
     return tuple(name for name in target_capabilities(trt_module(backend)) if int(name.removeprefix("sm")) >= needed)
 
@@ -193,5 +208,6 @@ def _bytes(precision: Precision) -> float:
     return {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1, "int4": 0.5 + 2 / 64}[precision]
 
 
-def _others(precision: str) -> list[str]:
-    return [p for p in ("fp16", "bf16", *QUANTIZED) if p != precision]
+def _on(sm: int) -> list[str]:
+    """Precisions that a GPU has."""
+    return [precision for precision in ("fp16", "bf16", *QUANTIZED) if NEEDED_SM.get(precision, 0) <= sm]

@@ -1,7 +1,8 @@
 """The torch modules as Polygraphy runners: what `verify` compares ONNX Runtime with.
 
 They compute in float32 from the weights as the graph holds them, rounded to its precision, so that what is left to
-differ is arithmetic. Tensors come and go in the contract's types. Imported by verify only: needs torch and polygraphy.
+differ is arithmetic. Rounding to int8, int4 and FP8 is calib.rounding's, as in the graph: a wrong rule there shows in
+its own tests, not here. Tensors come and go in the contract's types. Imported by verify only: needs torch, polygraphy.
 """
 
 from __future__ import annotations

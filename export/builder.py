@@ -18,13 +18,14 @@ import onnx_ir as ir
 
 from flowcut.config import NUMPY_DTYPE
 from flowcut.contract import GraphContract, TensorSpec
-from flowcut.tensors import check_finite, expected_tensors
+from flowcut.tensors import expected_tensors, narrowed
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
 
 OPSET = 24
 IR_VERSION = 11
+_WRITERS = 4
 SaveProgress = Callable[[str, int, int], None]
 """Called with the name of a tensor, its index and their number, before it goes into the .data file."""
 
@@ -85,10 +86,8 @@ class GraphBuilder:
         dtype = ir_dtype(NUMPY_DTYPE[precision])
 
         def convert() -> ir.Tensor[Any]:
-            with np.errstate(over="ignore"):  # what follows says which tensor it was
-                array = np.ascontiguousarray(load().astype(dtype.numpy(), copy=False))
-            check_finite(name, array, precision)
-            return ir.Tensor(array, name=name)
+            array = narrowed(name, load(), dtype.numpy(), precision)
+            return ir.Tensor(np.ascontiguousarray(array), name=name)
 
         return self.lazy(name, dtype, shape, convert)
 
@@ -182,14 +181,15 @@ class GraphBuilder:
 
 
 def save(model: ir.Model, path: Path, progress: SaveProgress | None = None) -> None:
-    """Write `path` and its weights to `path`.data, a tensor per core in memory at a time."""
+    """Write `path` and its weights to `path`.data, at most four tensors in memory at a time."""
 
     def report(tensor: ir.TensorProtocol, info: Any) -> None:
         if progress is not None:
             progress(tensor.name or "", info.index, info.total)
 
-    # One tensor per core: drawing, rounding and packing weights takes longer than the disk does.
-    ir.save(model, path, external_data=path.name + ".data", callback=report, max_workers=os.cpu_count())
+    # Drawing, rounding and packing takes longer than the disk does; a thread holds 0.6 GB of a 7B meanwhile.
+    workers = min(_WRITERS, len(os.sched_getaffinity(0)))
+    ir.save(model, path, external_data=path.name + ".data", callback=report, max_workers=workers)
 
 
 def _typed(spec: TensorSpec) -> ir.Value:

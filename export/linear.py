@@ -23,7 +23,7 @@ from calib.rounding import Rounded, block_size, fp8_scale, round_weight
 from export.builder import GraphBuilder
 from flowcut.config import NUMPY_DTYPE, QUANTIZED
 from flowcut.errors import ConfigError
-from flowcut.tensors import Array, check_finite, expected_tensors, transposed
+from flowcut.tensors import Array, expected_tensors, narrowed, transposed
 
 if TYPE_CHECKING:
     from flowcut.checkpoint import Weights
@@ -123,7 +123,7 @@ class _Once:
 
     def _round(self) -> Rounded:
         weight = self._load()
-        check_finite(self._name, weight, self._precision)
+        narrowed(self._name, weight, np.float16, self._precision)  # which is what the graph multiplies by
         return round_weight(weight, self._precision)
 
 

@@ -111,6 +111,20 @@ def transposed(matrix: Array) -> Array:
     return out
 
 
+def narrowed(name: str, array: Array, dtype: Any, precision: str) -> Array:
+    """A checkpoint's tensor as `dtype`, which `precision` stores or computes in.
+
+    Raises:
+        CheckpointError: a value that is not finite, or is not in `dtype`.
+    """
+    with np.errstate(over="ignore"):  # what follows says which tensor it was
+        narrow = array.astype(dtype, copy=False)
+    if not np.isfinite(narrow).all():
+        check_finite(name, array)
+        check_finite(name, narrow, precision)
+    return narrow
+
+
 def check_finite(name: str, array: Array, precision: str = "") -> None:
     """Raise CheckpointError where `array`, a checkpoint's tensor or what became of it in `precision`, is not finite."""
     finite = np.isfinite(array)

@@ -102,7 +102,7 @@ def test_a_checkpoint_with_nan_is_refused_by_name_and_leaves_nothing(tmp_path: P
     tensors[name][3, 5] = np.nan
     safetensors.save_file(tensors, source / "model.safetensors")
     for precision in ("fp16", "int8", "int4"):
-        with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\..*up_proj\.weight must be finite.*got nan at \["):
+        with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\..*up_proj\.weight must be finite, got nan at \["):
             build(tmp_path / "e", model=str(source), precision=precision, backend="ort", calibration="none")
     assert [p.name for p in tmp_path.iterdir()] == ["broken"]
 
@@ -116,6 +116,17 @@ def test_a_weight_beyond_float16_asks_for_another_precision(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"input_layernorm\.weight must be finite in fp16, got inf at \[7\]"):
         build(tmp_path / "e", model=str(source), backend="ort")
     build(tmp_path / "e", model=str(source), precision="bf16", backend="ort")
+
+
+def test_a_linear_weight_beyond_float16_is_refused_in_every_precision_that_computes_in_it(tmp_path: Path) -> None:
+    source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "large")
+    tensors = {n: t.astype(np.float32) for n, t in safetensors.load_file(source / "model.safetensors").items()}
+    (name,) = (n for n in tensors if n.endswith("layers.1.mlp.down_proj.weight"))
+    tensors[name][3, 5] = 1e6
+    safetensors.save_file(tensors, source / "model.safetensors")
+    for precision in ("fp16", "int8", "int4"):
+        with pytest.raises(CheckpointError, match=rf"down_proj\.weight must be finite in {precision}, got inf at \["):
+            build(tmp_path / "e", model=str(source), precision=precision, backend="ort", calibration="none")
 
 
 def test_fp8_for_a_gpu_without_it_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ def machines_part(data: Data) -> Iterator[str]:
         here = row["machine"]
         cells = (str(here["cores"]), size(here["memory_bytes"]), f"{here['load']:.2f}", here["omp_num_threads"] or "-")
         yield line(name, here["created"], here["processor"], *cells)
+    yield from prose("""
+        Load is the average of the minute before the command. Other work on the machine makes the seconds longer, so
+        those of two settings differ by it as well.""")
     found = sorted({", ".join(f"{k} {v}" for k, v in row["machine"]["versions"].items()) for row in data.values()})
     yield from prose("; or ".join(found) and f"Versions: {'; or '.join(found)}.")
 

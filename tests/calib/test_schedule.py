@@ -223,11 +223,21 @@ def test_files_say_where_they_come_from(static: Loaded, masked: Loaded, referenc
 def test_the_same_pictures_elsewhere_give_the_same_bytes(outcome: Calibrated, images: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "moved"
     shutil.copytree(images, elsewhere)
-    again = calibrate(elsewhere, tmp_path / "other.json", threads=2)
+    again = calibrate(elsewhere, tmp_path / "other.json")
     assert again.out.read_bytes() == outcome.out.read_bytes()
     assert again.masked_out.read_bytes() == outcome.masked_out.read_bytes()
-    assert torch.get_num_threads() == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moved", "other.json", "other.masked.json"]
+
+
+def test_the_number_of_threads_is_recorded_and_changes_nothing_else(
+    outcome: Calibrated, images: Path, tmp_path: Path
+) -> None:
+    again = calibrate(images, tmp_path / "other.json", threads=2)
+    assert torch.get_num_threads() == 1
+    assert again.static["calibration"].pop("threads") == 2
+    assert again.static == outcome.static | {
+        "calibration": {name: v for name, v in outcome.static["calibration"].items() if name != "threads"}
+    }
 
 
 def test_limit_takes_the_first_by_name(images: Path, tmp_path: Path) -> None:
@@ -381,6 +391,21 @@ def test_nan_in_a_checkpoint_is_refused_naming_the_tensor(
     settings = ScheduleSettings(str(model), images, tmp_path / "s.json", tokens=2)
     with pytest.raises(CheckpointError, match=re.escape(f"{name} must be finite")):
         calibrate_schedule(settings, Progress(disable=True))
+
+
+def test_finite_weights_that_overflow_are_refused_naming_picture_and_layer(
+    images: Path, checkpoint: WriteCheckpoint, tmp_path: Path
+) -> None:
+    model = shutil.copytree(checkpoint(), tmp_path / "model")
+    tensors = dict(load_file(model / "model.safetensors"))
+    for name, value in {"fc1.bias": 5.0, "fc2.weight": 3e38}.items():
+        name = f"vision_tower.vision_model.encoder.layers.2.mlp.{name}"
+        tensors[name] = np.full_like(tensors[name], value)
+    save_file(tensors, model / "model.safetensors")
+    settings = ScheduleSettings(str(model), images, tmp_path / "s.json", tokens=2)
+    with pytest.raises(CheckpointError, match=r"images/\d\.png: output of encoder layer 2 must be finite, got NaN or"):
+        calibrate_schedule(settings, Progress(disable=True))
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_a_full_disk_is_told_before_the_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from calib.calibration import load_calibration, write_calibration
 from engines import numerics as module
 from engines.numerics import Numerics, build_targets, check_precision, choose_numerics, weight_bytes
 from engines.pipeline import BuildSettings, build_directory
@@ -36,6 +37,8 @@ def test_only_onnx_runtime_takes_fp32() -> None:
 def test_a_gpu_without_fp8_is_refused_with_the_precisions_that_it_has() -> None:
     with pytest.raises(EngineError, match=r"one of fp16, bf16, int8, int4 on sm80, sm86, got 'fp8'.*from sm89 on"):
         check_precision("rtx", {"fp8"}, ("sm80", "SM86", "sm89"))
+    with pytest.raises(EngineError, match=r"one of fp16, int8, int4 on sm75, got 'bf16'.*from sm80 on"):
+        check_precision("rtx", {"bf16"}, ("sm75",))
     check_precision("rtx", {"fp8"}, ("sm89", "sm120"))
     check_precision("rtx", {"int4", "int8", "bf16"}, ("sm80",))
     check_precision("ort", {"fp8"})
@@ -73,6 +76,28 @@ def test_the_vision_tower_has_the_decoders_precision_but_for_int4(
 ) -> None:
     chosen, path = choose_numerics(random_tiny, backend, precision, given, 1, None)
     assert (chosen.precision, chosen.vision, chosen.calibration, path) == (precision, vision, None, None)
+
+
+def test_a_calibration_that_nothing_uses_is_refused(random_tiny: Model) -> None:
+    for precision in ("fp16", "int8", "bf16"):
+        with pytest.raises(
+            ConfigError, match=rf"left out for precisions {precision} and {precision}.*got 'c.safetensors'"
+        ):
+            choose_numerics(random_tiny, "ort", precision, None, 1, "c.safetensors")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("made_for", "asked", "remedy"), [("fp8", "int4", "--calibration none"), ("int4", "fp8", "")])
+def test_a_calibration_made_for_another_precision_is_refused(
+    made_for: str, asked: Precision, remedy: str, tmp_path: Path
+) -> None:
+    tiny = resolve("llava-tiny")
+    own = load_calibration(tiny.files / "calibration.safetensors", tiny.weights)
+    ranges, scales = (own.ranges, {}) if made_for == "fp8" else ({}, own.scales)
+    path = tmp_path / "c.safetensors"
+    write_calibration(path, tiny.weights, ranges, scales, {"pictures": []})
+    with pytest.raises(ConfigError, match=rf"made with --precision {asked} or all.*got one without.*{remedy}"):
+        choose_numerics(tiny, "ort", asked, asked, 1, str(path))
+    assert choose_numerics(tiny, "ort", made_for, made_for, 1, str(path))[1] == path  # type: ignore[arg-type]
 
 
 def test_fp8_without_a_calibration_says_how_to_make_one(random_tiny: Model) -> None:

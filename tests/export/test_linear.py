@@ -186,7 +186,7 @@ def test_int4_is_packed_as_onnx_packs_it(build: Build, name: str) -> None:
 def test_tensor_that_is_not_finite_is_named(build: Build, precision: str, value: float) -> None:
     weight = Changed().load(f"{DOWN}.weight").copy()
     weight[3, 7] = value
-    with pytest.raises(CheckpointError, match=rf"{DOWN}\.weight must be finite in {precision}, got {value} at"):
+    with pytest.raises(CheckpointError, match=rf"{DOWN}\.weight must be finite, got {value} at"):
         build(precision, DOWN, ranges=ones(DOWN), weights=Changed({f"{DOWN}.weight": weight}))
 
 

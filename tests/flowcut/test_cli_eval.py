@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from cli_refusals import Refused, refusals, run
 from tiny_engine import write_engine
 
+from flowcut.aliases import resolve
 from flowcut.arguments import make_parser
 from flowcut.cli import main
 from flowcut.contract import Limits
+from flowcut.schedule import make_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = resolve("llava-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,28 @@ def test_checkpoint_and_setting_that_do_not_fit_are_refused(case: str, refused: 
 )
 def test_directory_keeps_its_settings(options: str, message: str, directory: Path, refused: Refused) -> None:
     assert re.search(message, refused("eval", directory, *options.split()))
+
+
+def calibrated(path: Path, move: int = 0) -> str:
+    """What `flowcut calibrate schedule` writes, where it found the closed form, or `move` patches more at one point."""
+    schedule = make_schedule("static", TINY.config.vision, 16)
+    first, *others = schedule.counts
+    origin = {"geometry": asdict(TINY.config.vision), "vision_sha256": "0" * 64, "choose": "median"}
+    path.write_text(json.dumps({**schedule.to_dict(), "counts": [first + move, *others], "calibration": origin}))
+    return path.name
+
+
+def test_calibrated_file_is_compared_by_its_schedule(place: Path, directory: Path, refused: Refused) -> None:
+    asked = ("eval", directory, "--questions", "1", "--threads", "1", "--schedule")
+    same, other = calibrated(place / "same.json"), calibrated(place / "other.json", move=2)
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in (*asked, same)])
+    assert ended.value.code == 0
+    message = refused(*asked, other)
+    own, given = (json.loads((place / name).read_text())["counts"] for name in (same, other))
+    assert re.search(rf"schedule must be .*'counts': {re.escape(str(own))}.* was built with, got ", message)
+    assert f"'counts': {given}" in message.partition(", got ")[2]
+    assert "vision_sha256" not in message
 
 
 def test_unknown_targets_are_refused(place: Path, refused: Refused) -> None:
