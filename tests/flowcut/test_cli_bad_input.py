@@ -297,7 +297,7 @@ def test_changed_engine_directory_is_refused(engine_directory: Path, place: Path
         "engine llava-tiny --tokens abc",
         "engine llava-tiny --tokens 1.5",
         "engine llava-tiny --backend onnx",
-        "engine llava-tiny --precision int8",
+        "engine llava-tiny --precision int3",
         "engine llava-tiny --max-batch many",
         "engine llava-tiny --out a --out-root b",
         "engine llava-tiny --question a --prompt b",

@@ -133,6 +133,6 @@ def test_unknown_targets_are_refused(place: Path, refused: Refused) -> None:
     assert "missing keys: backend" in refused("eval", "folder")
 
 
-@pytest.mark.parametrize("options", ["", "a b", "a --split train", "a --tokens few", "a --precision int8"])
+@pytest.mark.parametrize("options", ["", "a b", "a --split train", "a --tokens few", "a --precision int3"])
 def test_wrong_syntax_ends_with_2(options: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(capfd, "eval", *options.split()).code == 2
