@@ -216,7 +216,8 @@ def width_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "| layer | relative error |",
         "|---|---:|",
     ]
-    return lines + [f"| {result['setting']} | {result['error']:.2e} |" for result in results.values()]
+    ordered = sorted(results.values(), key=lambda result: float(result["error"]))
+    return lines + [f"| {result['setting']} | {result['error']:.2e} |" for result in ordered]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
