@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +88,13 @@ def load_calibration(path: Path, weights: Weights) -> Calibration:
     _check_scales(path, scales, weights.config)
     _check_ranges(path, header["ranges"], weights.config)
     return Calibration(header["source_sha256"], header["ranges"], scales, header["info"], sha256)
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a file is one of these, of whatever checkpoint."""
+    with suppress(ConfigError):
+        return bool(_read(path))
+    return False
 
 
 def smoothed(weights: Weights, calibration: Calibration, parts: Collection[str]) -> Weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,18 @@ from flowcut.artifacts import installed_versions
 from flowcut.errors import ConfigError
 
 
-def check_out(out: Path, suffix: str) -> None:
-    """Raise ConfigError unless `out` is a file of that kind in an existing directory that can be written."""
+def check_out(out: Path, suffix: str, ours: Callable[[Path], bool]) -> None:
+    """Raise ConfigError unless `out` is a file of that kind in an existing directory that can be written.
+
+    Args:
+        ours: whether a file that is there is of this command's kind, and may be replaced.
+    """
     if out.suffix != suffix or not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"out must be a {suffix} file in an existing directory, got {str(out)!r}.")
     if not os.access(out.parent, os.W_OK):
         raise ConfigError(f"out must be in a directory that can be written, got {str(out)!r}.")
+    if out.exists() and not ours(out):
+        raise ConfigError(f"out must be new or an earlier calibration, got {str(out)!r}, which is neither. Rename it.")
 
 
 def partial_path(out: Path, directory: bool) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from rich.progress import Progress
 
-from calib.calibration import Calibration, write_calibration
+from calib.calibration import Calibration, is_calibration, write_calibration
 from calib.dataset import Dataset, find_pictures
 from calib.groups import groups
 from calib.origin import check_out, circumstances, digest, partial_path, pictures_of
@@ -22,10 +22,10 @@ from calib.partial import Partial
 from calib.rounding import block_size
 from flowcut.aliases import Model, resolve
 from flowcut.deps import require
-from flowcut.errors import ConfigError, InputError
+from flowcut.errors import CheckpointError, ConfigError, InputError
 from flowcut.preprocess import ImageSettings, pixel_values
 from flowcut.prompt import Tokenizer, question_prompt
-from flowcut.schedule import Schedule, default_tokens, make_schedule
+from flowcut.schedule import Schedule, default_tokens, file_tokens, make_schedule
 
 if TYPE_CHECKING:
     from calib.measure import Measured, Sample
@@ -111,7 +111,7 @@ def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quanti
         ConfigError, CheckpointError, InputError: a setting, checkpoint, picture or question that does not fit.
         EngineError: the disk. FlowCutError: PyTorch is not installed.
     """
-    check_out(settings.out, SUFFIX)
+    check_out(settings.out, SUFFIX, is_calibration)
     require("torch", extra="torch")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     if settings.precision != "fp8":
@@ -127,7 +127,11 @@ def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quanti
     prompts_read = [[s.prompt.input_ids.tolist(), s.prompt.image_rows.tolist()] for s in samples]
     inputs = digest([model.weights.sha256, image_settings.to_dict(), origin, prompts_read])
     partial = Partial(partial_path(settings.out, directory=True), inputs)
-    measured = _measure(model, settings, samples, schedule, image_settings, partial, progress)
+    try:
+        measured = _measure(model, settings, samples, schedule, image_settings, partial, progress)
+    except CheckpointError:
+        partial.remove()  # a mended checkpoint is another one
+        raise
     info = {**origin, "errors": measured.errors, "tokens": _tokens(samples, schedule)}
     ranges = {} if settings.precision == "int4" else measured.ranges
     calibration = write_calibration(settings.out, model.weights, ranges, measured.scales, info)
@@ -176,7 +180,7 @@ def _samples(model: Model, dataset: Dataset, questions: Sequence[str], tokens: i
 
 def _schedule(model: Model, settings: QuantizeSettings) -> Schedule:
     patches = model.config.vision.patches
-    asked = default_tokens(patches) if settings.tokens is None else settings.tokens
+    asked = settings.tokens or file_tokens(settings.schedule) or default_tokens(patches)
     tokens = patches if asked == "all" else int(asked)
     return make_schedule(settings.schedule, model.config.vision, tokens, weights=model.weights)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -273,11 +274,16 @@ def _check_out(out: Path) -> Path:
     Raises:
         ConfigError: no .json file in an existing directory that can be written.
     """
-    check_out(out, ".json")
     masked = out.with_suffix(".masked.json")
-    if masked.is_dir():
-        raise ConfigError(f"out must leave {masked.name} free for the masked schedule, got a directory of that name.")
+    for path in (out, masked):
+        check_out(path, ".json", _is_schedule)
     return masked
+
+
+def _is_schedule(path: Path) -> bool:
+    with suppress(OSError, ValueError, ConfigError):
+        return bool(Schedule.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    return False
 
 
 def _counts(kept: Sequence[Kept]) -> Counts:

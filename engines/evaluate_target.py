@@ -37,8 +37,8 @@ class EvalSettings:
 
     Attributes:
         target: an engine directory, or what flowcut.aliases.resolve takes.
-        tokens, schedule, selector, precision: of a checkpoint, as in PruneSettings and BuildSettings; a directory has
-            its own. The selector "random" is random-0, random-1 and random-2 one after the other.
+        tokens, schedule, selector, precision, calibration: of a checkpoint, as in PruneSettings and BuildSettings; a
+            directory has its own. The selector "random" is random-0, random-1 and random-2 one after the other.
         backend: "auto", "torch" or "ort" for a checkpoint; "auto", "rtx", "trt" or "ort" for a directory.
         scenes, questions: see engines.evaluate.make_pages.
         threads: of PyTorch or of ONNX Runtime on the CPU; None leaves it to choose.
@@ -51,6 +51,7 @@ class EvalSettings:
     selector: str | None = None
     backend: str = "auto"
     precision: Precision | None = None
+    calibration: str | None = None
     split: Split = "test"
     scenes: int | None = None
     questions: int | None = None
@@ -208,7 +209,7 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
 
 def _schedules(settings: EvalSettings, backend: str, model: Model) -> list[Schedule]:
     vision = model.config.vision
-    tokens = token_count(settings.tokens, vision.patches)
+    tokens = token_count(settings.tokens, vision.patches, settings.schedule or "")
     name = settings.schedule or default_schedule(settings.selector, backend)
     seeded = settings.selector == RANDOM and tokens < vision.patches
     several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if seeded else [settings.selector]
@@ -249,6 +250,7 @@ def _build(settings: EvalSettings, schedule: Schedule, target: Path) -> BuildSet
         schedule=settings.schedule or default_schedule(schedule.selector, "ort"),
         selector=schedule.selector,
         precision=settings.precision or "fp32",
+        calibration=settings.calibration,
         backend="ort",
         max_batch=AT_ONCE,
         max_images=AT_ONCE,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from calib.rounding import block_size
 from engines.backends import Backend, gpu_sm, target_capabilities, trt_module
 from engines.widen import free_memory
-from flowcut.aliases import Model
+from flowcut.aliases import ALIASES, Model
 from flowcut.checkpoint import Weights
 from flowcut.config import QUANTIZED, LlavaConfig, Precision
 from flowcut.errors import ConfigError, EngineError
@@ -102,7 +102,7 @@ def choose_numerics(
         if "fp8" in used:
             raise ConfigError(
                 "calibration must be given for precision fp8, which rounds activations too, got none. `flowcut "
-                f"calibrate quantize {model.name} --images DIR --out FILE.safetensors` makes one for --calibration."
+                f"calibrate quantize {_named(model)} --images DIR --out FILE.safetensors` makes one for --calibration."
             )
         return Numerics(precision, chosen, stages), None
     from calib.calibration import load_calibration
@@ -116,6 +116,14 @@ def choose_numerics(
                 f"without. Calibrate again{remedy}"
             )
     return Numerics(precision, chosen, stages, found), path
+
+
+def _named(model: Model) -> str:
+    """The arguments that mean this model."""
+    name = model.name if model.name in ALIASES else str(model.files)
+    full = LlavaConfig.from_file(model.files / "config.json").text.num_hidden_layers
+    layers = model.config.text.num_hidden_layers
+    return name + " --weights random" * model.weights.random + f" --decoder-layers {layers}" * (layers != full)
 
 
 def _vision_default(precision: Precision, backend: Backend) -> Precision:
@@ -154,9 +162,9 @@ def check_precision(backend: Backend, precisions: Collection[str], compute_capab
         return
     if "fp32" in precisions:
         raise EngineError(
-            f"precision must be fp16 for backend {backend}, got 'fp32': TensorRT-RTX has no float32 attention kernel "
-            'with a KV cache (it reports "not decomposable"), and TensorRT is not known to have one. '
-            "Use PRECISION=fp16, or BACKEND=ort for fp32."
+            f"precision must be one of fp16, bf16, {', '.join(QUANTIZED)} for backend {backend}, of both graphs, got "
+            "'fp32': TensorRT-RTX has no float32 attention kernel with a KV cache (it reports \"not decomposable\"), "
+            "and TensorRT is not known to have one. Choose another, or BACKEND=ort (--backend ort) for fp32."
         )
     for precision in sorted(NEEDED_SM.keys() & set(precisions)):
         targets = [int(name.lower().removeprefix("sm")) for name in compute_capabilities]

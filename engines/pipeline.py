@@ -46,7 +46,7 @@ from flowcut.deps import require
 from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
-from flowcut.schedule import Schedule, check_fixed_shapes, default_tokens, make_schedule
+from flowcut.schedule import Schedule, check_fixed_shapes, default_tokens, file_tokens, make_schedule
 from flowcut.selector import FLOWCUT, selector_note
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     check_precision(backend, precisions, settings.compute_capabilities)
     require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
-    tokens = token_count(settings.tokens, model.config.vision.patches)
+    tokens = token_count(settings.tokens, model.config.vision.patches, settings.schedule)
     schedule = make_schedule(settings.schedule, model.config.vision, tokens, settings.selector, model.weights)
     check_fixed_shapes(schedule)
     numerics, calibration = choose_numerics(
@@ -182,10 +182,10 @@ def _summary(manifest: Manifest) -> str:
     return ", ".join([f"{weights}, schedule {manifest.schedule['kind']}{chosen}", f"{layers} decoder layers", *rest])
 
 
-def token_count(tokens: int | str | None, patches: int) -> int:
-    """The number that --tokens means: default, all, or itself (make_schedule checks its range)."""
+def token_count(tokens: int | str | None, patches: int, schedule: str = "") -> int:
+    """The number that --tokens means: the schedule file's, the default, all, or itself (make_schedule checks it)."""
     if tokens is None:
-        return default_tokens(patches)
+        return file_tokens(schedule) or default_tokens(patches)
     return patches if tokens == "all" else int(tokens)
 
 

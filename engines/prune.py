@@ -102,7 +102,7 @@ def prune(settings: PruneSettings, progress: Progress) -> Outcome:
     model = resolve(settings.model, random=settings.random, seed=settings.seed)
     vision = model.config.vision
     name = settings.schedule or default_schedule(settings.selector, settings.backend)
-    tokens = token_count(settings.tokens, vision.patches)
+    tokens = token_count(settings.tokens, vision.patches, settings.schedule or "")
     schedule = make_schedule(name, vision, tokens, settings.selector, model.weights)
     image_settings = ImageSettings.from_directory(model.files, vision.image_size)
     if settings.pixels is None:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.rounding import Rounded, block_size, fp8_scale, round_weight
-from export.builder import GraphBuilder
+from export.builder import GraphBuilder, ir_dtype
 from flowcut.config import NUMPY_DTYPE, QUANTIZED
 from flowcut.errors import ConfigError
 from flowcut.tensors import Array, expected_tensors, narrowed, transposed
@@ -63,7 +63,8 @@ class Linear:
         name, inputs = _joined(parts), self._shapes[parts[0]][1]
         shape = (inputs, sum(self._shapes[part][0] for part in parts))
         if self._precision not in QUANTIZED:
-            return self._b.computed_weight(name, shape, self._precision, lambda: transposed(self._load(parts)))
+            load = partial(self._narrowed, name, parts)
+            return self._b.computed_weight(name, shape, self._precision, lambda: transposed(load()))
         return self._dequantized(name, shape, partial(self._load, parts))
 
     def _dequantized(self, name: str, shape: tuple[int, int], load: Callable[[], Array]) -> ir.Value:
@@ -91,6 +92,10 @@ class Linear:
         scale = b.const(fp8_scale(max(self._ranges[name] for name in names)), NUMPY_DTYPE[self._precision])
         zero = b.const(0, "float8e4m3fn")
         return b.op("DequantizeLinear", b.op("QuantizeLinear", x, scale, zero), scale, zero)
+
+    def _narrowed(self, name: str, parts: Sequence[str]) -> Array:
+        """Before it is transposed, so that an error tells the checkpoint's place."""
+        return narrowed(name, self._load(parts), ir_dtype(NUMPY_DTYPE[self._precision]).numpy(), self._precision)
 
     def _load(self, names: Sequence[str]) -> Array:
         arrays = [self._weights.load(name) for name in names]

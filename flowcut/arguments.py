@@ -106,7 +106,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FILE.safetensors",
         help="what `flowcut calibrate quantize` wrote: scales for int4, ranges for fp8; or 'none', with which int4 is "
-        "rounded to nearest (default: calibration.safetensors beside the checkpoint, if there is one)",
+        "rounded to nearest (default: calibration.safetensors beside the checkpoint, if there is one and all layers "
+        "are built)",
     )
     add(
         "--stages",
@@ -240,6 +241,7 @@ def _add_eval(commands: Any) -> None:
         "or ort (default: auto = torch; the directory's own, ort where that cannot run)",
     )
     add("--precision", choices=PRECISIONS, help="of a checkpoint; others than fp32: ort only (default: fp32)")
+    add("--calibration", metavar="FILE.safetensors", help="of a checkpoint in int4 or fp8 (default: its own, if any)")
     add("--split", choices=["test", "val"], default="test", help="which scenes (default: test)")
     add("--scenes", type=int, metavar="N", help="the first N of them (default: 400, or as --questions takes)")
     add("--questions", type=int, metavar="N", help="stop after exactly N questions (default: all, six a scene at most)")

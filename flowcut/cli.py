@@ -117,11 +117,12 @@ def _engine(arguments: argparse.Namespace) -> Result:
         result = build_directory(settings, progress, question.check_fits if question else None)
     console = _console()
     report.built(console, result)
+    files = result.manifest.files
     summary = {
         "directory": str(result.directory),
         "note": result.manifest.note,
         "build_seconds": dict(result.manifest.build_seconds),
-        "weight_bytes": {name: r.weight_bytes for name, r in result.reports.items()},
+        "weight_bytes": {name: files[f"{name}.onnx.data"].bytes for name in result.manifest.graphs},
         "engine_bytes": {name: r.engine_bytes for name, r in result.reports.items()},
     }
     if question is None:
@@ -197,6 +198,7 @@ def _eval(arguments: argparse.Namespace) -> Result:
         selector=arguments.selector,
         backend=arguments.backend,
         precision=arguments.precision,
+        calibration=arguments.calibration,
         split=arguments.split,
         scenes=arguments.scenes,
         questions=arguments.questions,

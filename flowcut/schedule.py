@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -158,6 +159,16 @@ class Schedule:
 def default_tokens(patches: int) -> int:
     """11.1% of the patches."""
     return max(1, round(patches * DEFAULT_SHARE))
+
+
+def file_tokens(spec: str) -> int | None:
+    """Patches kept according to a schedule file; None for a name, or for a file that make_schedule will refuse."""
+    if not spec.endswith(".json"):
+        return None
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        tokens = json.loads(Path(spec).read_text(encoding="utf-8"))["tokens"]
+        return tokens if _is_int(tokens) else None
+    return None
 
 
 def default_schedule(selector: str | None, backend: str) -> str:

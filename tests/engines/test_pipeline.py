@@ -238,6 +238,15 @@ def test_says_what_a_build_of_something_else_replaces(tmp_path: Path) -> None:
     assert replaced == f"checkpoint {own}, schedule static, selector random-0, 4 decoder layers"
 
 
+def test_a_schedule_file_says_how_many_tokens_where_the_user_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    counts = [100, 80, 60, 40, 20]
+    file.write_text(json.dumps({"kind": "static", "patches": 144, "tokens": 20, "counts": counts}), encoding="utf-8")
+    assert build(tmp_path / "e", schedule=str(file)).manifest.tokens == 20
+    with pytest.raises(ConfigError, match=r"'tokens': 16.*'tokens': 20"):
+        build(tmp_path / "f", schedule=str(file), tokens=16)
+
+
 def test_a_checkpoint_without_a_tokenizer_gets_a_stand_in_and_says_so(tmp_path: Path) -> None:
     source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "mine")
     (source / "tokenizer.json").unlink()

@@ -170,7 +170,10 @@ def test_build_setting_is_refused_before_anything_is_written(case: str, refused:
 
 
 COMPILER: dict[str, tuple[str, str]] = {
-    "fp32": ("--precision fp32", "precision must be fp16 for backend rtx, got 'fp32'.*BACKEND=ort"),
+    "fp32": (
+        "--precision fp32",
+        "precision must be one of fp16, .* for backend rtx,.* got 'fp32'.*BACKEND=ort",
+    ),
     "unknown GPU": ("--compute-capability sm1", r"compute_capability must be one of sm75, .*, got sm1\."),
     "one unknown GPU": ("--compute-capability SM86 --compute-capability gtx", r"must be one of .*, got gtx\."),
 }

@@ -120,6 +120,14 @@ def test_bad_input_is_refused_in_one_line(case: str, refused: Refused) -> None:
     assert re.search(message, refused(*CALIBRATE, "--out", "s.json", *options.split()))
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.masked.json"])
+def test_a_file_that_is_no_schedule_is_kept(name: str, place: Path, refused: Refused) -> None:
+    (place / name).write_text('{"a": 1}', encoding="utf-8")
+    message = refused(*CALIBRATE, "--out", "mine.json")
+    assert f"out must be new or an earlier calibration, got '{name}', which is neither." in message
+    assert (place / name).read_text(encoding="utf-8") == '{"a": 1}'
+
+
 @pytest.mark.parametrize("words", [["calibrate"], ["calibrate", "everything"], [*CALIBRATE]])
 def test_wrong_syntax_is_code_2(words: list[str], place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, message = run(capfd, *words)

@@ -127,6 +127,12 @@ def test_refusals_are_one_line(argv: str, said: str, refused: Refused) -> None:
     assert re.search(said, message.split("skipped: ")[-1])
 
 
+def test_a_file_that_is_no_calibration_is_kept(place: Path, refused: Refused) -> None:
+    shutil.copy(resolve("llava-tiny").files / "model.safetensors", place / "other.safetensors")
+    message = refused("calibrate", "quantize", "llava-tiny", "--images", "images", "--out", "other.safetensors")
+    assert "out must be new or an earlier calibration, got 'other.safetensors', which is neither." in message
+
+
 def test_checkpoint_that_is_not_whole_is_refused(place: Path, refused: Refused) -> None:
     cut = shutil.copytree(resolve("llava-tiny").files, place / "cut")
     weights = (cut / "model.safetensors").read_bytes()
