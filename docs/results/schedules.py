@@ -1,6 +1,6 @@
 """How far schedules with constants agree with adaptive, and what they cost: writes schedules.json, .md and .svg.
 
-    python docs/results/schedules.py      # needs .[torch,plot]; a quarter of an hour on two idle cores
+    python docs/results/schedules.py      # needs .[torch,plot]; 82 minutes on two cores that others used too
 
 Each result is in the .json as soon as there is one, so an interrupted run goes on where it stopped. What was found for
 another checkpoint or number of scenes is done again; after a change to the code, delete the .json first.
