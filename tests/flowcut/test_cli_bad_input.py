@@ -112,7 +112,7 @@ BUILD: dict[str, tuple[str, str]] = {
     "a list as schedule": ("llava-tiny --schedule list.json", r"schedule must have the keys .*got list"),
     "schedule's keys": ("llava-tiny --schedule keys.json", r"schedule must have the keys .*got \['kind'\]"),
     "rising schedule": ("llava-tiny --schedule rising.json", r"schedule\.counts must fall .*got \[100, 120"),
-    "another budget": ("llava-tiny --schedule budget.json", r"'tokens': 16.*got .*'tokens': 32.*--tokens"),
+    "another budget": ("llava-tiny --tokens 16 --schedule budget.json", r"'tokens': 16.*got .*'tokens': 32.*--tokens"),
     "another depth": ("llava-tiny --schedule points.json", r"'pruning points': 5.*got .*'pruning points': 2"),
     "unknown selector": (
         "llava-tiny --selector flow",
@@ -244,7 +244,7 @@ PRUNE: dict[str, tuple[str, str]] = {
     "folder": ("--pixels folder.png", r"pixels must be a \.npy file, got 'folder\.png': Is a directory"),
     "not a picture": ("--image text.png", "image must be a picture that Pillow reads"),
     "tokens": ("--tokens 145", r"tokens must be in 1\.\.144"),
-    "schedule": ("--schedule budget.json", "another file, --tokens or --selector"),
+    "schedule": ("--tokens 16 --schedule budget.json", "another file, --tokens or --selector"),
     "adaptive on ort": (
         "--backend ort --schedule adaptive",
         r"schedule must be static, masked or a \.json .*masked keeps the same patches",
