@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class _Smoothed:
 
 def _geometry(config: LlavaConfig) -> dict[str, Any]:
     """As JSON has it: lists for tuples."""
-    return dict(json.loads(json.dumps(asdict(config))))
+    return dict(json.loads(json.dumps(config.to_dict())))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array], str]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import flowcut
@@ -226,6 +227,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if kind is Any or (origin is Literal and value in args):
         return value
+    if origin is UnionType:  # X | None
+        return None if value is None else _decode(args[0], value, where)
     if is_dataclass(kind) and isinstance(value, dict):
         return _decode_fields(kind, value, where)
     if origin is tuple and isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Geometry of a LLaVA checkpoint, read from its config.json.
+"""Geometry of a LLaVA-1.5 or LLaVA-NeXT checkpoint, read from its config.json.
 
 Only what changes the mathematics is kept. Fields this project implements with one value only
 (activation, feature layer, rotary scaling) are checked rather than stored, so that a config of
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,10 @@ _CLIP_DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "patch_size": 32,
 }
+NEXT = "llava_next"
+"""model_type of LLaVA-NeXT, also called LLaVA-1.6."""
+# What transformers assumes for image_grid_pinpoints.
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 NUMPY_DTYPE: dict[str, str] = {
     "fp32": "float32",
     "fp16": "float16",
@@ -115,19 +119,49 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A LLaVA-1.5 checkpoint's geometry and special tokens."""
+    """A checkpoint's geometry and special tokens.
+
+    grid_pinpoints: None for LLaVA-1.5. For LLaVA-NeXT the (height, width) in pixels that a picture may be resized to
+    and cut into tiles of the tower's size, beside the tile of the whole picture; () for that tile alone.
+    """
 
     vision: VisionConfig
     text: TextConfig
     image_token_id: int = 32000
     eos_token_ids: tuple[int, ...] = (2,)
+    grid_pinpoints: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for pinpoint in self.grid_pinpoints or ():
+            _check_pinpoint(pinpoint, self.vision.image_size)
         if not 0 <= self.image_token_id < self.text.vocab_size:
             raise ConfigError(
                 f"image_token_index must be in 0..{self.text.vocab_size - 1} (text_config.vocab_size), "
                 f"got {self.image_token_id}."
             )
+
+    @property
+    def anyres(self) -> bool:
+        """Whether pictures are cut into tiles: LLaVA-NeXT."""
+        return self.grid_pinpoints is not None
+
+    @property
+    def family(self) -> str:
+        """The model's family, for messages."""
+        return "LLaVA-NeXT" if self.anyres else "LLaVA-1.5"
+
+    @property
+    def max_tiles(self) -> int:
+        """Most images that the tower sees of one picture: 1, and for LLaVA-NeXT the tiles of the largest pinpoint."""
+        side = self.vision.image_size
+        return 1 + max((h // side * (w // side) for h, w in self.grid_pinpoints or ()), default=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it; what LLaVA-1.5 has not is left out, so that its checkpoints keep their identity."""
+        data = asdict(self)
+        if not self.anyres:
+            del data["grid_pinpoints"]
+        return data
 
     @staticmethod
     def from_file(path: Path) -> LlavaConfig:
@@ -152,8 +186,12 @@ class LlavaConfig:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> LlavaConfig:
-        """Read the content of a Hugging Face `LlavaConfig`; absent fields take that class's defaults."""
-        _only(data, "model_type", "llava", "Take one in Hugging Face llava format, such as llava-hf/llava-1.5-7b-hf.")
+        """Read the content of a Hugging Face `LlavaConfig` or `LlavaNextConfig`; absent fields take the class's
+        defaults."""
+        anyres = data.get("model_type") == NEXT
+        if not anyres:
+            _only(data, "model_type", "llava", f"Or {NEXT!r}; take one such as llava-hf/llava-1.5-7b-hf.")
+        _only(data, "use_image_newline_parameter", True)
         _only(data, "vision_feature_layer", -2)
         _only(data, "vision_feature_select_strategy", "default")
         _only(data, "projector_hidden_act", "gelu")
@@ -173,6 +211,23 @@ class LlavaConfig:
             text=TextConfig(**_text_fields(text, _boolean(data, "tie_word_embeddings"))),
             image_token_id=_integer(image_token, data.get(image_token, 32000)),
             eos_token_ids=_eos(text),
+            grid_pinpoints=_pinpoints(data.get("image_grid_pinpoints")) if anyres else None,
+        )
+
+
+def _pinpoints(value: object) -> tuple[tuple[int, ...], ...]:
+    """image_grid_pinpoints; absent or null means transformers' own."""
+    pairs = _PINPOINTS if value is None else value
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+        raise ConfigError(f"image_grid_pinpoints must be a list of [height, width], got {value!r}.")
+    return tuple(tuple(_integer("image_grid_pinpoints", edge) for edge in pair) for pair in pairs)
+
+
+def _check_pinpoint(pinpoint: tuple[int, ...], side: int) -> None:
+    if len(pinpoint) != 2 or any(edge < side or edge % side for edge in pinpoint):
+        raise ConfigError(
+            f"image_grid_pinpoints must be pairs of multiples of {side} (vision_config.image_size), "
+            f"got {list(pinpoint)}."
         )
 
 
@@ -230,7 +285,7 @@ def _fields(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:
 def _section(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = data.get(name)
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be an object, got {value!r}. config.json of a LLaVA-1.5 checkpoint has one.")
+        raise ConfigError(f"{name} must be an object, got {value!r}. config.json of a LLaVA checkpoint has one.")
     return value
 
 

@@ -6,6 +6,10 @@ profile from these ranges, the runtime feeds these arrays, verify compares these
 `vision` runs once per batch of pictures, `language` once per prefill (sequence = padded prompt length) and once
 per decode step (sequence = 1). A sequence is right-padded; `position_ids` count 0, 1, 2, .. from its own start, so a
 cached key takes part in attention exactly where its cache row is at most the query's position.
+
+Where visual tokens are dropped inside the decoder, layers from index 2 on have a sequence of their own,
+`pruned_sequence`, with its own positions and a smaller cache. Which rows it takes is computed in the graph; how many of
+them mean something is returned as `pruned_lengths`, since LLaVA-NeXT's visual tokens are only counted on the device.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from flowcut.anyres import image_slots, newline_slots
+from flowcut.budget import PRUNE_LAYER
 from flowcut.config import NUMPY_DTYPE, LlavaConfig
 from flowcut.errors import ConfigError
 
@@ -93,48 +99,90 @@ def vision_contract(
 ) -> GraphContract:
     """pixel_values -> image_embeds, kept. `kept` are patch numbers 0..grid*grid-1 in ascending order.
 
+    For LLaVA-NeXT `tokens` are of a tile, `images` are pictures, whose tiles are the rows of pixel_values, and further
+    inputs say how they belong together (flowcut.anyres.VisionFeeds). Each picture's visual tokens come first in
+    image_embeds, image_lengths of them; `kept` are their places in its reading order (flowcut.anyres), then NO_TOKEN.
+
     language: the decoder's precision, whose type image_embeds have; None: the same.
     """
-    size = config.vision.image_size
-    embeds = exchange_dtype(language or precision)
+    vision, slots = config.vision, image_slots(config, tokens)
+    embeds = TensorSpec(
+        "image_embeds", exchange_dtype(language or precision), ("images", slots, config.text.hidden_size)
+    )
+    kept, images = TensorSpec("kept", "int64", ("images", slots)), Range(1, 1, limits.max_images)
+    pixels, dtype = (3, vision.image_size, vision.image_size), exchange_dtype(precision)
+    if not config.anyres:
+        inputs = (TensorSpec("pixel_values", dtype, ("images", *pixels)),)
+        return GraphContract("vision", inputs, (embeds, kept), {"images": images})
+    most = config.max_tiles
     return GraphContract(
         name="vision",
-        inputs=(TensorSpec("pixel_values", exchange_dtype(precision), ("images", 3, size, size)),),
-        outputs=(
-            TensorSpec("image_embeds", embeds, ("images", tokens, config.text.hidden_size)),
-            TensorSpec("kept", "int64", ("images", tokens)),
+        inputs=(
+            TensorSpec("pixel_values", dtype, ("tiles", *pixels)),
+            TensorSpec("tile_order", "int64", ("tiles", vision.patches)),
+            TensorSpec("image_tiles", "int64", ("images", most)),
+            TensorSpec("newline_order", "int64", ("images", newline_slots(config, tokens))),
         ),
-        ranges={"images": Range(1, 1, limits.max_images)},
+        outputs=(embeds, kept, TensorSpec("image_lengths", "int64", ("images",))),
+        ranges={"tiles": Range(1, most, most * limits.max_images), "images": images},
     )
 
 
-def language_contract(config: LlavaConfig, tokens: int, precision: str, limits: Limits) -> GraphContract:
+def language_contract(
+    config: LlavaConfig, tokens: int, precision: str, limits: Limits, llm_tokens: int | None = None
+) -> GraphContract:
     """The whole decoder as one graph.
 
-    image_rows holds, per position, the row of image_embeds seen as [images*tokens, hidden], or -1 for a text token.
+    image_rows holds, per position, the row of image_embeds seen as [images*slots, hidden], or -1 for a text token.
     last_token holds, per sequence, the index along `sequence` whose logits are wanted.
     past.* and present.* are the same buffers: each step writes `sequence` rows at position_ids[:, 0].
+
+    With llm_tokens, the visual tokens that each picture keeps after layer index 1:
+        image_spans: per picture its sequence, the index along `sequence` of its first row, and how many rows it has
+            there; a picture of no sequence (as in a decode step) has 0 rows.
+        image_lengths (LLaVA-NeXT): how many of a picture's rows are visual tokens, as vision returns it. The graph
+            closes the gaps: it moves what follows up, so positions 0, 1, 2, .. count real tokens only.
+        pruned_position_ids: positions, and so cache rows, of layers from index 2 on. In a prefill as many as the
+            longest sequence has once each picture has at most llm_tokens rows.
+        lengths, pruned_lengths: the tokens of this run that are real, in the first two layers and in the others.
+        kept_tokens: per picture the numbers of those that stay, counted from its first and ascending; only the first
+            min(llm_tokens, its tokens) mean something.
+    The source that scores them is the token at last_token: a prompt is its instruction.
     """
-    return _stage(config, tokens, precision, limits, range(config.text.num_hidden_layers), "language")
+    return _stage(config, tokens, precision, limits, range(config.text.num_hidden_layers), "language", llm_tokens)
 
 
 def language_contracts(
-    config: LlavaConfig, tokens: int, precision: str, limits: Limits, stages: int = 1
+    config: LlavaConfig,
+    tokens: int,
+    precision: str,
+    limits: Limits,
+    stages: int = 1,
+    llm_tokens: int | None = None,
 ) -> tuple[GraphContract, ...]:
     """The decoder as `stages` graphs of consecutive layers, to be run one after the other; one stage is `language`.
 
     The first, `language.0`, takes what `language` takes but for last_token, and returns `hidden.<layer>`, which the
     next takes with position_ids; the last takes last_token too and returns logits. Each has its own layers' cache.
+    With llm_tokens the first has the two layers before the pruning and last_token; the others take
+    pruned_position_ids, and the last pruned_lengths in place of last_token.
 
     Raises:
         ConfigError: fewer layers than stages.
     """
-    layers = config.text.num_hidden_layers
-    if not 1 <= stages <= layers:
-        raise ConfigError(f"stages must be in 1..{layers} (the decoder's layers), got {stages}.")
-    cuts = [round(layers * i / stages) for i in range(stages + 1)]
+    layers, least = config.text.num_hidden_layers, 1 if llm_tokens is None else PRUNE_LAYER + 1
+    most = layers - least + 1
+    if not 1 <= stages <= most:
+        which = "the decoder's layers" if least == 1 else f"the first has {least} of {layers} decoder layers"
+        raise ConfigError(f"stages must be in 1..{most} ({which}), got {stages}.")
+    cuts = [0, *(max(round(layers * i / stages), least + i - 1) for i in range(1, stages)), layers]
     parts = zip(stage_names(stages), pairwise(cuts), strict=True)
-    return tuple(_stage(config, tokens, precision, limits, range(*cut), name) for name, cut in parts)
+    return tuple(_stage(config, tokens, precision, limits, range(*cut), name, llm_tokens) for name, cut in parts)
+
+
+def pruned_limit(config: LlavaConfig, tokens: int, llm_tokens: int, limits: Limits) -> int:
+    """Longest prompt in the layers after the pruning: one of max_prompt tokens with one picture as large as can be."""
+    return limits.max_prompt - max(0, image_slots(config, tokens) - llm_tokens)
 
 
 def stage_names(stages: int) -> tuple[str, ...]:
@@ -142,42 +190,75 @@ def stage_names(stages: int) -> tuple[str, ...]:
     return ("language",) if stages == 1 else tuple(f"language.{i}" for i in range(stages))
 
 
-def _stage(config: LlavaConfig, tokens: int, precision: str, limits: Limits, layers: range, name: str) -> GraphContract:
-    text, dtype = config.text, exchange_dtype(precision)
+def _stage(
+    config: LlavaConfig,
+    tokens: int,
+    precision: str,
+    limits: Limits,
+    layers: range,
+    name: str,
+    llm_tokens: int | None,
+) -> GraphContract:
+    text, dtype, pruned = config.text, exchange_dtype(precision), llm_tokens is not None
     first, last = layers.start == 0, layers.stop == text.num_hidden_layers
-    cache = ("batch", text.num_key_value_heads, limits.cache_rows, text.head_size)
-    per_token: tuple[Dim, ...] = ("batch", "sequence")
-    entering, leaving = (
-        TensorSpec(hidden_name(layer), dtype, (*per_token, text.hidden_size)) for layer in (layers.start, layers.stop)
+    prunes = first and pruned
+    in_dim, out_dim = (
+        "sequence" if first or not pruned else "pruned_sequence",
+        "pruned_sequence" if pruned else "sequence",
     )
-    position_ids, last_token = (
-        TensorSpec("position_ids", "int64", per_token),
-        TensorSpec("last_token", "int64", ("batch",)),
-    )
+    images, slots = "images", image_slots(config, tokens)
+    position_ids = TensorSpec("position_ids", "int64", ("batch", "sequence"))
+    pruned_position_ids = TensorSpec("pruned_position_ids", "int64", ("batch", "pruned_sequence"))
+    per_sequence = {n: TensorSpec(n, "int64", ("batch",)) for n in ("last_token", "lengths", "pruned_lengths")}
+    lengths = TensorSpec("image_lengths", "int64", (images,))
     begin = (
-        TensorSpec("input_ids", "int64", per_token),
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
         position_ids,
-        TensorSpec("image_rows", "int64", per_token),
-        *([last_token] if last else []),
-        TensorSpec("image_embeds", dtype, ("images", tokens, text.hidden_size)),
+        TensorSpec("image_rows", "int64", ("batch", "sequence")),
+        *([per_sequence["last_token"]] if last or prunes else []),
+        TensorSpec("image_embeds", dtype, (images, slots, text.hidden_size)),
+        *([TensorSpec("image_spans", "int64", (images, 3))] if prunes else []),
+        *([lengths] if prunes and config.anyres else []),
+        *([pruned_position_ids] if prunes else []),
     )
-    go_on = (position_ids, *([last_token] if last else []), entering)
-    ranges = {"batch": Range(1, 1, limits.max_batch), "images": Range(1, 1, limits.max_images)}
+    ending = [per_sequence["pruned_lengths" if pruned else "last_token"]] if last else []
+    go_on = (
+        pruned_position_ids if pruned else position_ids,
+        *ending,
+        TensorSpec(hidden_name(layers.start), dtype, ("batch", in_dim, text.hidden_size)),
+    )
+    leaving = TensorSpec(hidden_name(layers.stop), dtype, ("batch", out_dim, text.hidden_size))
+    found = (per_sequence["lengths"], per_sequence["pruned_lengths"]) if prunes else ()
+    kept = (TensorSpec("kept_tokens", "int64", (images, min(llm_tokens or 0, slots))),) if prunes else ()
+    early, late = Range(1, limits.max_prompt, limits.max_prompt), Range(1, 1, 1)
+    if llm_tokens is not None:
+        most = pruned_limit(config, tokens, llm_tokens, limits)
+        late = Range(1, most, most)
+    cache = {i: _cache(config, limits, late.max if pruned and i > PRUNE_LAYER else early.max) for i in layers}
     return GraphContract(
         name=name,
         inputs=(
             *(begin if first else go_on),
-            *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in past_names(i)),
+            *(TensorSpec(n, NUMPY_DTYPE[precision], cache[i]) for i in layers for n in past_names(i)),
         ),
         outputs=(
             TensorSpec("logits", "float32", ("batch", text.vocab_size)) if last else leaving,
-            *(TensorSpec(n, NUMPY_DTYPE[precision], cache) for i in layers for n in present_names(i)),
+            *found,
+            *kept,
+            *(TensorSpec(n, NUMPY_DTYPE[precision], cache[i]) for i in layers for n in present_names(i)),
         ),
         ranges={
-            **(ranges if first else {"batch": ranges["batch"]}),
-            "sequence": Range(1, limits.max_prompt, limits.max_prompt),
+            "batch": Range(1, 1, limits.max_batch),
+            **({"images": Range(1, 1, limits.max_images)} if first else {}),
+            **({"sequence": early} if in_dim == "sequence" else {}),
+            **({"pruned_sequence": late} if pruned else {}),
         },
     )
+
+
+def _cache(config: LlavaConfig, limits: Limits, longest_prompt: int) -> tuple[Dim, ...]:
+    text = config.text
+    return ("batch", text.num_key_value_heads, longest_prompt + limits.max_new_tokens, text.head_size)
 
 
 def cached_layers(contract: GraphContract) -> list[int]:

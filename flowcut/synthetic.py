@@ -12,7 +12,7 @@ import numpy as np
 
 from flowcut.config import NUMPY_DTYPE, LlavaConfig
 from flowcut.errors import ConfigError
-from flowcut.tensors import Array, Shape, expected_tensors, geometry_digest, numpy_dtype
+from flowcut.tensors import NEWLINE, Array, Shape, expected_tensors, geometry_digest, numpy_dtype
 
 _CHUNK = 1 << 16  # elements: raw bits and result stay in the processor's cache
 
@@ -54,7 +54,7 @@ def _spread(name: str, shape: Shape) -> tuple[float, float]:
     """Mean and standard deviation of a random tensor."""
     if len(shape) == 1 and name.endswith(".bias"):
         return 0.0, 0.1
-    if name.endswith(("class_embedding", "position_embedding.weight", "embed_tokens.weight")):
+    if name.endswith(("class_embedding", "position_embedding.weight", "embed_tokens.weight", NEWLINE)):
         return 0.0, 0.5
     if len(shape) == 1:
         return 1.0, 0.2

@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of a LLaVA-1.5 checkpoint's tensors.
+"""Names, shapes and dtypes of a LLaVA-1.5 or LLaVA-NeXT checkpoint's tensors.
 
 One spelling is used here, that of the `llava-hf/llava-1.5-*-hf` repositories: `vision_tower.vision_model.*`,
 `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.weight`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from flowcut.errors import CheckpointError
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
+NEWLINE = "image_newline"
+"""LLaVA-NeXT's embedding at the end of a row of patches, [text hidden]."""
 _TILE = 256  # rows of a matrix that stay in the processor's cache together with what becomes of them
 _SPELLINGS = (
     # transformers 5: the tower has lost its inner module, though some versions still saved it
@@ -29,6 +30,7 @@ _SPELLINGS = (
     (re.compile(r"^model\.multi_modal_projector\."), "multi_modal_projector."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
+    (re.compile(r"^model\.image_newline$"), NEWLINE),
 )
 
 
@@ -43,6 +45,7 @@ def expected_tensors(config: LlavaConfig) -> dict[str, Shape]:
         **_linear("multi_modal_projector.linear_1", outer, inner),
         **_linear("multi_modal_projector.linear_2", outer, outer),
         **_decoder_tensors(config.text, "language_model."),
+        **({NEWLINE: (outer,)} if config.anyres else {}),
     }
 
 
@@ -100,7 +103,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def geometry_digest(config: LlavaConfig) -> hashlib._Hash:
     """A SHA-256 begun with the geometry, for the tensors' content to be added."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
 
 
 def transposed(matrix: Array) -> Array:

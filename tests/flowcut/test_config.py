@@ -72,7 +72,7 @@ def test_rotary_base_is_read_from_both_places() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model_type", "llava_next", "model_type must be 'llava', got 'llava_next'"),
+        ("model_type", "llava_onevision", "model_type must be 'llava', got 'llava_onevision'"),
         ("vision_feature_layer", -1, "vision_feature_layer must be -2, got -1"),
         ("vision_feature_layer", [-2, -5], "vision_feature_layer must be -2"),
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy must be 'default'"),
