@@ -103,7 +103,7 @@ results: $(DEV)
 setup: $(DEV)
 
 test: lint
-	$(PYTEST) -m "not long and not gpu" --cov
+	$(PYTEST) -m "not long and not gpu" --cov --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-long: $(DEV)
 	$(PYTEST) -m "long and not gpu"

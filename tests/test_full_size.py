@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,13 +22,6 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RTX = pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
 MB = 10**6
 SLACK = 4 * MB
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    sys.path.insert(0, str(RESULTS))
-    yield
-    sys.path.remove(str(RESULTS))
 
 
 @pytest.fixture(scope="module")

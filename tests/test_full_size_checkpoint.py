@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,13 +17,6 @@ from flowcut.deps import available
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 RTX = pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
 MB = 10**6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    sys.path.insert(0, str(RESULTS))
-    yield
-    sys.path.remove(str(RESULTS))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +12,6 @@ import pytest
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 FLOAT = "decoder fp32, vision fp32"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    sys.path.insert(0, str(RESULTS))
-    yield
-    sys.path.remove(str(RESULTS))
 
 
 @pytest.fixture(scope="module")

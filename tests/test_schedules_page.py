@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -20,13 +18,6 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 BUDGETS = (48, 32, 16)
 HALVES = ("calibration", "held_out")
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    sys.path.insert(0, str(RESULTS))
-    yield
-    sys.path.remove(str(RESULTS))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,11 +39,7 @@ MADE_BY_SCORING = {"Exp", "Log", "ReduceL1", "ReduceMax", "ReduceMean", "ReduceS
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    sys.path.insert(0, str(RESULTS))
-    try:
-        return importlib.import_module("scoring_cost")
-    finally:
-        sys.path.remove(str(RESULTS))
+    return importlib.import_module("scoring_cost")
 
 
 @pytest.fixture(scope="module")

@@ -244,7 +244,7 @@ build_engine(Path(sys.argv[1]), Path(sys.argv[2]), {contract!r}, "rtx")
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(timeout=20) != 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert rest.rstrip().endswith("KeyboardInterrupt")
     assert not paths[1].exists()
 

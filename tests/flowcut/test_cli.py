@@ -303,16 +303,16 @@ def python(code: str, *argv: str, **environment: str) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{name} --help" for name in HANDLERS), "run"])
 def test_help_and_syntax_errors_import_nothing_heavy(arguments: str) -> None:
+    """Seconds of the processor, and the least of three: others may be using it."""
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time; start = time.process_time()\n"
         "from flowcut.cli import main\n"
         "try: main(sys.argv[1:])\n"
-        f"finally: print(sorted(set({HEAVY}) & set(sys.modules)), time.perf_counter() - start)"
+        f"finally: print(sorted(set({HEAVY}) & set(sys.modules)), time.process_time() - start)"
     )
-    done = python(code, *arguments.split())
-    imported, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
-    assert imported == "[]"
-    assert float(seconds) < 0.3
+    runs = [python(code, *arguments.split()).stdout.splitlines()[-1].rsplit(" ", 1) for _ in range(3)]
+    assert {imported for imported, _ in runs} == {"[]"}
+    assert min(float(seconds) for _, seconds in runs) < 0.3
 
 
 @pytest.mark.parametrize(
