@@ -29,6 +29,8 @@ ALIASES: dict[str, Alias] = {
     "llava-tiny": Alias(),
     "llava-1.5-7b": Alias("llava-hf/llava-1.5-7b-hf"),
     "llava-1.5-13b": Alias("llava-hf/llava-1.5-13b-hf"),
+    "llava-v1.6-vicuna-7b": Alias("llava-hf/llava-v1.6-vicuna-7b-hf"),
+    "llava-v1.6-vicuna-13b": Alias("llava-hf/llava-v1.6-vicuna-13b-hf"),
 }
 
 
@@ -56,7 +58,7 @@ def resolve(model: str, *, random: bool = False, decoder_layers: int | None = No
     `random` takes the geometry only and needs no network. `decoder_layers` keeps the first ones.
 
     Raises:
-        ConfigError: neither a directory nor an alias, or a config.json that is not LLaVA-1.5's.
+        ConfigError: neither a directory nor an alias, or a config.json that is not LLaVA's.
         CheckpointError: tensors that do not fit config.json.
         FlowCutError: the Hub does not answer.
     """
@@ -82,7 +84,8 @@ def _locate(model: str, random: bool) -> tuple[str, Path]:
         hint = f"Did you mean {close[0]}? " if close else ""
         raise ConfigError(
             f"model must be one of {', '.join(ALIASES)} or a directory, got {model!r}. {hint}"
-            "A directory in the Hugging Face llava format holds config.json, *.safetensors and tokenizer.json."
+            "A directory in the Hugging Face llava or llava_next format holds config.json, *.safetensors and "
+            "tokenizer.json."
         )
     alias = ALIASES[model]
     if random or alias.repo is None:

@@ -10,7 +10,7 @@ visual token has a place in the reading order, an integer that follows from the 
     NO_TOKEN                        a patch in the padding of the picture's aspect ratio, or no token at all
 
 The vision graph sorts what it keeps by place (export/packing.py), so that its shapes are constant whatever is kept.
-Source of the geometry: docs/algorithm.md 4; where nothing is pruned, transformers' LlavaNextForConditionalGeneration.
+Source of the geometry: docs/algorithm.md 5; where nothing is pruned, transformers' LlavaNextForConditionalGeneration.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def patch_places(each: Tiling) -> Integers:
 
 
 def newline_places(each: Tiling, pruned: bool) -> Integers:
-    """The places of a picture's newlines. With pruning only a lone base tile has one (docs/algorithm.md 4)."""
+    """The places of a picture's newlines. With pruning only a lone base tile has one (docs/algorithm.md 5)."""
     patches, (_, gw) = each.side * each.side, each.grid
     if each.tiles == 1:
         return np.array([2 * (patches - 1) + 1], np.int64)

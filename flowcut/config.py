@@ -29,8 +29,8 @@ _CLIP_DEFAULTS: dict[str, Any] = {
 }
 NEXT = "llava_next"
 """model_type of LLaVA-NeXT, also called LLaVA-1.6."""
-# What transformers assumes for image_grid_pinpoints.
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""What transformers assumes for image_grid_pinpoints, in config.json and in the image processor's file."""
 NUMPY_DTYPE: dict[str, str] = {
     "fp32": "float32",
     "fp16": "float16",
@@ -217,7 +217,7 @@ class LlavaConfig:
 
 def _pinpoints(value: object) -> tuple[tuple[int, ...], ...]:
     """image_grid_pinpoints; absent or null means transformers' own."""
-    pairs = _PINPOINTS if value is None else value
+    pairs = PINPOINTS if value is None else value
     if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
         raise ConfigError(f"image_grid_pinpoints must be a list of [height, width], got {value!r}.")
     return tuple(tuple(_integer("image_grid_pinpoints", edge) for edge in pair) for pair in pairs)

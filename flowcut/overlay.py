@@ -1,20 +1,26 @@
-"""A picture of which patches survive, pruning point by pruning point."""
+"""A picture of which patches survive, pruning point by pruning point; of LLaVA-NeXT the base tile and the grid's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from flowcut.anyres import Tiling
 from flowcut.errors import InputError
 
 PANEL = 288  # pixels along a panel, about: a whole number of pixels per patch
+GRID_PANEL = 432  # the same along the longer side of LLaVA-NeXT's grid
+MOST_POINTS = 4  # pruning points shown of LLaVA-NeXT
 GAP = 18
 CAPTION = 26
 PAPER, INK, OUTLINE = (255, 255, 255), (32, 36, 44), (255, 196, 64)
+PADDING = (52, 60, 92)
 CONTRAST, LIFT = 0.30, 40  # of a dropped patch; the lift tells it from a kept patch that is black
 
 
@@ -31,16 +37,97 @@ def draw(
             image_size // grid pixels are counted from its top left corner.
         kept_per_layer: Layer number and the original numbers of the patches that leave it.
     """
+    masks = [(layer, _mask(kept, grid)) for layer, kept in kept_per_layer]
+    panels = _panels(_covered(image, grid, image_size), masks, np.ones((grid, grid), np.bool_), _cell(PANEL, grid))
+    return _page(panels, _columns(len(panels)))
+
+
+def draw_tiles(
+    tiles: Sequence[Image.Image],
+    kept_per_layer: Sequence[tuple[int, Sequence[NDArray[np.integer]]]],
+    each: Tiling,
+    image_size: int,
+) -> Image.Image:
+    """A LLaVA-NeXT picture: a row for its base tile, below it one for the grid's tiles put together.
+
+    A row has the input and at most MOST_POINTS pruning points, the first and the last among them. What is in the
+    padding of the grid is of a colour of its own and not counted, whether the tower keeps it or not.
+
+    Args:
+        tiles: The tiles as the tower sees them, image_size x image_size (`preprocess.undo`), the base tile first.
+        kept_per_layer: Layer number and per tile the numbers of the patches that leave it.
+    """
+    side = each.side
+    shown = [kept_per_layer[i] for i in _spread(len(kept_per_layer))]
+    pictures = [_covered(tile, side, image_size) for tile in tiles]
+    masks = [(layer, [_mask(numbers, side) for numbers in kept]) for layer, kept in shown]
+    whole = np.ones((side, side), np.bool_)
+    panels = _panels(pictures[0], [(layer, of[0]) for layer, of in masks], whole, _cell(PANEL, side), "base, ")
+    if each.tiles > 1:
+        sheet = Image.fromarray(_joined([np.asarray(picture) for picture in pictures[1:]], each))
+        grids = [(layer, _joined(of[1:], each)) for layer, of in masks]
+        panels += _panels(
+            sheet, grids, _seen(each), _cell(GRID_PANEL, max(each.grid)), f"{each.rows} x {each.columns} tiles, "
+        )
+    return _page(panels, 1 + len(shown))
+
+
+def _spread(points: int) -> list[int]:
+    """Up to MOST_POINTS of 0..points-1, evenly, with both ends."""
+    return sorted({round(i) for i in np.linspace(0, points - 1, min(points, MOST_POINTS)).tolist()})
+
+
+def _cell(panel: int, patches: int) -> int:
+    """Pixels along a patch where so many are side by side."""
+    return max(4, round(panel / patches))
+
+
+def _covered(image: Image.Image, grid: int, image_size: int) -> Image.Image:
+    """Without the pixels beyond the last whole patch."""
     if image.size != (image_size, image_size):
         raise InputError(f"image must be {image_size} x {image_size}, got {image.width} x {image.height}.")
-    cell = max(4, round(PANEL / grid))
     covered = image_size // grid * grid
-    picture = image.convert("RGB").crop((0, 0, covered, covered)).resize((cell * grid,) * 2, Image.Resampling.BICUBIC)
-    panels = [(f"input: {grid * grid} patches", picture)]
-    for layer, kept in kept_per_layer:
-        mask = _mask(kept, grid)
-        panels.append((f"layer {layer}: {mask.sum()} of {grid * grid}", _panel(picture, mask, cell)))
-    return _page(panels, cell * grid)
+    return image.convert("RGB").crop((0, 0, covered, covered))
+
+
+def _joined(tiles: Sequence[NDArray[Any]], each: Tiling) -> NDArray[Any]:
+    """Square arrays of the grid's tiles as one: [rows * n, columns * n, ..]."""
+    rows = [np.concatenate(tiles[i : i + each.columns], 1) for i in range(0, len(tiles), each.columns)]
+    return np.concatenate(rows)
+
+
+def _seen(each: Tiling) -> NDArray[np.bool_]:
+    """[grid], true where a patch is not in the padding."""
+    seen = np.zeros(each.grid, np.bool_)
+    seen[np.ix_(*each.seen)] = True
+    return seen
+
+
+def _panels(
+    image: Image.Image,
+    masks: Sequence[tuple[int, NDArray[np.bool_]]],
+    seen: NDArray[np.bool_],
+    cell: int,
+    name: str = "",
+) -> list[tuple[str, Image.Image]]:
+    """The input and a panel per pruning point, each with its caption. Masks and `seen` are [rows, columns]."""
+    rows, columns = seen.shape
+    picture = _pad(image.resize((cell * columns, cell * rows), Image.Resampling.BICUBIC), seen, cell)
+    panels = [(f"{name}input: {seen.sum()} patches", picture)]
+    for layer, mask in masks:
+        panel = _pad(_panel(picture, mask & seen, cell), seen, cell)
+        panels.append((f"{name}layer {layer}: {(mask & seen).sum()} of {seen.sum()}", panel))
+    return panels
+
+
+def _pad(panel: Image.Image, seen: NDArray[np.bool_], cell: int) -> Image.Image:
+    clear = _enlarged(seen, cell)
+    return Image.fromarray(np.where(clear, np.asarray(panel), PADDING).astype(np.uint8))
+
+
+def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+    """[rows * cell, columns * cell, 1]."""
+    return mask.repeat(cell, 0).repeat(cell, 1)[..., None]
 
 
 def _mask(kept: NDArray[np.integer], grid: int) -> NDArray[np.bool_]:
@@ -56,8 +143,7 @@ def _mask(kept: NDArray[np.integer], grid: int) -> NDArray[np.bool_]:
 def _panel(picture: Image.Image, mask: NDArray[np.bool_], cell: int) -> Image.Image:
     colours = np.asarray(picture)
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * CONTRAST + LIFT
-    clear = mask.repeat(cell, 0).repeat(cell, 1)[..., None]
-    panel = Image.fromarray(np.where(clear, colours, grey).astype(np.uint8))
+    panel = Image.fromarray(np.where(_enlarged(mask, cell), colours, grey).astype(np.uint8))
     _outline(ImageDraw.Draw(panel), mask, cell)
     return panel
 
@@ -73,22 +159,22 @@ def _outline(pen: ImageDraw.ImageDraw, mask: NDArray[np.bool_], cell: int) -> No
     }
     framed = np.pad(mask, 1)
     for (down, right), (x0, y0, x1, y1) in edges.items():
-        neighbour = framed[1 + down : 1 + down + len(mask), 1 + right : 1 + right + len(mask)]
+        neighbour = framed[1 + down : 1 + down + mask.shape[0], 1 + right : 1 + right + mask.shape[1]]
         for row, column in np.argwhere(mask & ~neighbour).tolist():
             x, y = column * cell, row * cell
             pen.line((x + x0, y + y0, x + x1, y + y1), fill=OUTLINE)
 
 
-def _page(panels: Sequence[tuple[str, Image.Image]], side: int) -> Image.Image:
-    columns = _columns(len(panels))
-    rows = math.ceil(len(panels) / columns)
-    step_x, step_y = side + GAP, side + CAPTION + GAP
-    page = Image.new("RGB", (GAP + columns * step_x, GAP + rows * step_y), PAPER)
+def _page(panels: Sequence[tuple[str, Image.Image]], columns: int) -> Image.Image:
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    step_x = max(panel.width for _, panel in panels) + GAP
+    steps_y = [max(panel.height for _, panel in row) + CAPTION + GAP for row in rows]
+    page = Image.new("RGB", (GAP + columns * step_x, GAP + sum(steps_y)), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    for index, (caption, panel) in enumerate(panels):
-        x, y = GAP + index % columns * step_x, GAP + index // columns * step_y
-        pen.text((x, y + CAPTION - 8), caption, fill=INK, font=font, anchor="ls")
-        page.paste(panel, (x, y + CAPTION))
+    for y, row in zip(accumulate(steps_y, initial=GAP), rows, strict=False):
+        for x, (caption, panel) in enumerate(row):
+            pen.text((GAP + x * step_x, y + CAPTION - 8), caption, fill=INK, font=font, anchor="ls")
+            page.paste(panel, (GAP + x * step_x, y + CAPTION))
     return page
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from flowcut.config import PINPOINTS
+from flowcut.prompt import SYSTEM
 from flowcut.tiny.questions import all_questions
 from flowcut.tiny.scenes import make_scene
 
@@ -72,6 +74,12 @@ LLAVA = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
 }
+LLAVA_NEXT = LLAVA | {
+    "architectures": ["LlavaNextForConditionalGeneration"],
+    "image_grid_pinpoints": PINPOINTS,
+    "model_type": "llava_next",
+    "use_image_newline_parameter": True,
+}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "max_position_embeddings": 4096,
@@ -108,24 +116,27 @@ TINY_LLAMA = LLAMA | {
     "vocab_size": VOCABULARY,
 }
 # As on the Hub: what is not said is LlamaConfig's default, a 7B.
-HUB_LLAMA = {
-    "llava-1.5-7b": LLAMA | {"vocab_size": 32064},
-    "llava-1.5-13b": LLAMA
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_attention_heads": 40,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 32064,
-    },
+LLAMA_7B = LLAMA | {"vocab_size": 32064}
+LLAMA_13B = LLAMA | {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+    "vocab_size": 32064,
+}
+HUB = {
+    "llava-1.5-7b": (LLAVA, LLAMA_7B),
+    "llava-1.5-13b": (LLAVA, LLAMA_13B),
+    "llava-v1.6-vicuna-7b": (LLAVA_NEXT, LLAMA_7B),
+    "llava-v1.6-vicuna-13b": (LLAVA_NEXT, LLAMA_13B),
 }
 
 
 def write_tiny(directory: Path) -> None:
     """All of llava-tiny but its weights."""
     image, pad = VOCABULARY - 2, VOCABULARY - 1
-    write_settings(directory, llava(TINY_CLIP, TINY_LLAMA, image, pad), image, pad)
+    write_settings(directory, llava(LLAVA, TINY_CLIP, TINY_LLAMA, image, pad), image, pad)
 
 
 def write_stand_ins(out: Path) -> None:
@@ -134,29 +145,31 @@ def write_stand_ins(out: Path) -> None:
     <alias>/ of each of the Hub's models: its settings, with llava-tiny's tokenizer in place of its own. stand-in/: a
     smaller tokenizer for checkpoints that have none.
     """
-    for alias, text in HUB_LLAMA.items():
-        write_settings(out / alias, llava(CLIP, text, 32000, 32001), 32000, 32001)
+    for alias, (model, text) in HUB.items():
+        write_settings(out / alias, llava(model, CLIP, text, 32000, 32001), 32000, 32001)
     (out / "stand-in").mkdir(exist_ok=True)
     small = tokenizer(SMALL - 2, SMALL - 1, SMALL)
     write_json(out / "stand-in" / "tokenizer.json", json.loads(small.to_str()))
 
 
-def llava(vision: dict[str, Any], text: dict[str, Any], image: int, pad: int) -> dict[str, Any]:
-    return LLAVA | {"image_token_index": image, "pad_token_id": pad, "text_config": text, "vision_config": vision}
+def llava(model: dict[str, Any], vision: dict[str, Any], text: dict[str, Any], image: int, pad: int) -> dict[str, Any]:
+    return model | {"image_token_index": image, "pad_token_id": pad, "text_config": text, "vision_config": vision}
 
 
 def write_settings(directory: Path, config: dict[str, Any], image: int, pad: int) -> None:
     """config.json, preprocessor, tokenizer and chat template."""
     directory.mkdir(parents=True, exist_ok=True)
-    vision = config["vision_config"]
+    vision, pinpoints = config["vision_config"], config.get("image_grid_pinpoints")
+    name = {"processor_class": "LlavaProcessor" if pinpoints is None else "LlavaNextProcessor"}
     write_json(directory / "config.json", config)
-    write_json(directory / "preprocessor_config.json", image_processor(vision["image_size"]))
-    write_json(directory / "processor_config.json", processor(vision["patch_size"]))
-    write_json(directory / "tokenizer_config.json", tokenizer_config())
+    write_json(directory / "preprocessor_config.json", image_processor(vision["image_size"], pinpoints) | name)
+    write_json(directory / "processor_config.json", processor(vision["patch_size"]) | name)
+    write_json(directory / "tokenizer_config.json", tokenizer_config() | name)
     write_json(directory / "special_tokens_map.json", special_tokens())
     write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad})
     write_json(directory / "tokenizer.json", json.loads(tokenizer(image, pad).to_str()))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    template = CHAT_TEMPLATE if pinpoints is None else SYSTEM + CHAT_TEMPLATE
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def tokenizer(image: int, pad: int, size: int = VOCABULARY) -> Tokenizer:
@@ -185,8 +198,9 @@ def learn(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [(left, right) for left, right in model["merges"]]
 
 
-def image_processor(size: int) -> dict[str, Any]:
-    return {
+def image_processor(size: int, pinpoints: list[list[int]] | None) -> dict[str, Any]:
+    """CLIP's, or with pinpoints LLaVA-NeXT's, whose do_pad fills up batches."""
+    clip = {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -201,6 +215,10 @@ def image_processor(size: int) -> dict[str, Any]:
         "rescale_factor": 0.00392156862745098,
         "size": {"shortest_edge": size},
     }
+    if pinpoints is None:
+        return clip
+    anyres = {"aspect_ratio_setting": "anyres", "do_pad": True, "image_grid_pinpoints": pinpoints}
+    return clip | anyres | {"image_processor_type": "LlavaNextImageProcessor"}
 
 
 def processor(patch: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import recipe
 from tokenizers import Tokenizer
 
 from flowcut.aliases import ALIASES, ASSETS, resolve
+from flowcut.anyres import tiling, vision_feeds
 from flowcut.checkpoint import expected_tensors
 from flowcut.config import LlavaConfig
 from flowcut.errors import CheckpointError, ConfigError
@@ -28,7 +30,9 @@ from flowcut.hub import complete
 ROOT = Path(__file__).parents[2]
 TINY = ASSETS / "llava-tiny"
 # Known sizes: the tower of openai/clip-vit-large-patch14-336, Llama 2, and two projector layers.
-TOWER, LLAMA = 303_507_456, {"llava-1.5-7b": 6_738_415_616, "llava-1.5-13b": 13_015_864_320}
+TOWER, LLAMA_7B, LLAMA_13B = 303_507_456, 6_738_415_616, 13_015_864_320
+NEXT = {"llava-v1.6-vicuna-7b": LLAMA_7B, "llava-v1.6-vicuna-13b": LLAMA_13B}
+LLAMA = {"llava-1.5-7b": LLAMA_7B, "llava-1.5-13b": LLAMA_13B} | NEXT
 STAND_IN = "stand-in tokenizer (no tokenizer.json in the checkpoint)"  # the recipe writes none
 
 
@@ -39,7 +43,7 @@ def test_hub_alias_has_the_published_number_of_parameters(alias: str) -> None:
     added_rows = 2 * (32064 - 32000) * d  # embedding and lm_head were extended
     projector = d * 1024 + d + d * d + d
     total = sum(math.prod(shape) for shape in expected_tensors(config).values())
-    assert total == TOWER + LLAMA[alias] + added_rows + projector
+    assert total == TOWER + LLAMA[alias] + added_rows + projector + d * (alias in NEXT)  # image_newline
 
 
 def test_llava_7b_fills_the_bytes_its_hub_index_states() -> None:
@@ -50,8 +54,29 @@ def test_llava_7b_fills_the_bytes_its_hub_index_states() -> None:
 @pytest.mark.parametrize("alias", LLAMA)
 def test_hub_alias_config_means_the_same_to_transformers(alias: str) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlavaConfig(**json.loads((ASSETS / alias / "config.json").read_text()))
+    kind = transformers.LlavaNextConfig if alias in NEXT else transformers.LlavaConfig
+    theirs = kind(**json.loads((ASSETS / alias / "config.json").read_text()))
     assert LlavaConfig.from_dict(theirs.to_dict()) == LlavaConfig.from_file(ASSETS / alias / "config.json")
+
+
+@pytest.mark.parametrize("alias", NEXT)
+def test_llava_next_alias_differs_from_llava_in_its_tiles_alone(alias: str) -> None:
+    config = LlavaConfig.from_file(ASSETS / alias / "config.json")
+    plain = LlavaConfig.from_file(ASSETS / alias.replace("v1.6-vicuna", "1.5") / "config.json")
+    assert replace(config, grid_pinpoints=None) == plain
+    assert config.grid_pinpoints == ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    assert config.max_tiles * config.vision.patches == 2880
+
+
+def test_transformers_processor_of_a_llava_next_alias_counts_the_tokens_that_vision_gives() -> None:
+    transformers = pytest.importorskip("transformers")
+    directory = ASSETS / "llava-v1.6-vicuna-7b"
+    processor = transformers.AutoProcessor.from_pretrained(directory)
+    config = LlavaConfig.from_file(directory / "config.json")
+    for width, height in ((90, 50), (400, 1200), (640, 640), (9, 7)):
+        batch = processor(images=np.zeros((height, width, 3), np.uint8), text="<image>", return_tensors="np")
+        feeds = vision_feeds(config, config.vision.patches, [tiling(config, width, height)])
+        assert (np.asarray(batch["input_ids"]) == config.image_token_id).sum() == feeds.rows[0]
 
 
 def test_random_alias_needs_no_network_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

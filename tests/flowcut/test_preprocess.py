@@ -15,9 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data
 
+from flowcut.config import PINPOINTS as DEFAULT_PINPOINTS
 from flowcut.config import LlavaConfig
 from flowcut.errors import ConfigError, InputError
+from flowcut.image_settings import NEXT_PROCESSOR
 from flowcut.preprocess import ImageSettings, open_image, pixel_values, undo
+from flowcut.tiles import tiled_pixels
 
 ASSETS = Path(importlib.util.find_spec("flowcut").submodule_search_locations[0]) / "assets"  # type: ignore[union-attr,index]
 CLIP = ImageSettings(image_size=56, shortest_edge=56)
@@ -167,6 +170,18 @@ def test_bundled_settings_fit_their_geometry_and_equal_transformers(alias: str) 
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("alias", ["llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-13b"])
+def test_bundled_settings_of_llava_next_equal_transformers(alias: str) -> None:
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    directory = ASSETS / alias
+    config = LlavaConfig.from_file(directory / "config.json")
+    image = Image.fromarray(data.coffee())
+    expected = LlavaNextImageProcessorPil.from_pretrained(directory)(image)["pixel_values"][0]
+    own = ImageSettings.from_directory(directory, config.vision.image_size, config.grid_pinpoints)
+    np.testing.assert_array_equal(tiled_pixels([image], own, config)[0], expected)
+
+
 def test_no_file_means_clip_defaults_at_the_towers_size(tmp_path: Path) -> None:
     assert ImageSettings.from_directory(tmp_path, 56) == CLIP
 
@@ -200,6 +215,80 @@ def test_refuses_settings_it_would_get_wrong(fields: dict[str, Any], match: str,
 def test_refuses_a_file_that_is_no_json_object(text: str, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"preprocessor_config.json must be a JSON object"):
+        ImageSettings.from_directory(tmp_path, 56)
+
+
+PINPOINTS = ((56, 112), (112, 56))
+NEXT = {
+    "image_processor_type": "LlavaNextImageProcessor",
+    "image_grid_pinpoints": [list(pair) for pair in PINPOINTS],
+    "aspect_ratio_setting": "anyres",
+    "do_pad": True,
+    "size": {"shortest_edge": 56},
+    "crop_size": {"height": 56, "width": 56},
+}
+
+
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_llava_next_processor_pads_batches_and_not_pictures(suffix: str, tmp_path: Path) -> None:
+    fields = {"resample": 2, "image_mean": [0.1, 0.2, 0.3], "do_rescale": False}
+    write(tmp_path, "preprocessor_config.json", NEXT | fields | {"image_processor_type": NEXT_PROCESSOR + suffix})
+    expected = ImageSettings(56, 56, resample=2, mean=(0.1, 0.2, 0.3), do_rescale=False)
+    assert ImageSettings.from_directory(tmp_path, 56, PINPOINTS) == expected
+
+
+def test_reads_what_transformers_saves_of_llava_next(tmp_path: Path) -> None:
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    fields = {name: NEXT[name] for name in ("size", "crop_size", "image_grid_pinpoints")}
+    LlavaNextImageProcessorPil(**fields).save_pretrained(tmp_path)
+    assert ImageSettings.from_directory(tmp_path, 56, PINPOINTS) == CLIP
+
+
+def test_no_file_means_clip_defaults_for_llava_next_too(tmp_path: Path) -> None:
+    assert ImageSettings.from_directory(tmp_path, 56, PINPOINTS) == CLIP
+
+
+def test_pinpoints_absent_from_the_file_are_those_of_transformers(tmp_path: Path) -> None:
+    sizes = {"size": 336, "crop_size": 336}
+    write(tmp_path, "preprocessor_config.json", {"image_processor_type": NEXT_PROCESSOR} | sizes)
+    assert ImageSettings.from_directory(tmp_path, 336, DEFAULT_PINPOINTS) == ImageSettings(336, 336)
+    with pytest.raises(ConfigError, match=r"image_grid_pinpoints must be \[\[336, 672\]\] \(config.json\), got"):
+        ImageSettings.from_directory(tmp_path, 336, DEFAULT_PINPOINTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        (
+            {"image_grid_pinpoints": [[56, 112]]},
+            r"image_grid_pinpoints must be \[\[56, 112\], \[112, 56\]\] \(config.json\), got \[\[56, 112\]\]\. .*other",
+        ),
+        (
+            {"image_grid_pinpoints": [[112, 56], [56, 112]]},
+            "image_grid_pinpoints must be",
+        ),  # the first of equals is taken
+        ({"image_grid_pinpoints": "anyres"}, "image_grid_pinpoints must be .* got 'anyres'"),
+        ({"aspect_ratio_setting": "pad"}, "aspect_ratio_setting must be 'anyres', got 'pad'"),
+        ({"size": {"shortest_edge": 48}}, r"size must be 56 \(vision_config.image_size\), got 48"),
+        ({"crop_size": 48}, r"crop_size must be 56 \(vision_config.image_size\), got 48"),
+        ({"image_std": [0, 1, 1]}, "std .*other than 0"),
+        (
+            {"image_processor_type": "CLIPImageProcessor"},
+            "must be LlavaNextImageProcessor as config.json is LLaVA-NeXT",
+        ),
+    ],
+)
+def test_refuses_settings_of_llava_next_it_would_get_wrong(fields: dict[str, Any], match: str, tmp_path: Path) -> None:
+    write(tmp_path, "preprocessor_config.json", NEXT | fields)
+    with pytest.raises(ConfigError, match=match) as raised:
+        ImageSettings.from_directory(tmp_path, 56, PINPOINTS)
+    assert "\n" not in str(raised.value)
+
+
+def test_llava_next_processor_beside_a_llava_config_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "preprocessor_config.json", NEXT)
+    with pytest.raises(ConfigError, match=r"LLaVA-1\.5's as config.json is, got 'LlavaNextImageProcessor'"):
         ImageSettings.from_directory(tmp_path, 56)
 
 
@@ -338,7 +427,9 @@ def test_source_that_is_no_colour_picture_is_an_input_error(source: Any) -> None
 
 
 def test_picture_too_narrow_to_resize_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"at most \d+ pixels once resized, got 1 x 30000 -> 56 x 1680000"):
+    with pytest.raises(
+        InputError, match=r"at most \d+ pixels while it is resized, got \d+ for 1 x 30000 -> 56 x 1680000"
+    ):
         pixel_values([Image.new("RGB", (1, 30000))], CLIP)
 
 
