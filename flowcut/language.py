@@ -6,6 +6,7 @@ writes its keys to the cache rows `position_ids`, and a query at position p sees
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,24 +21,36 @@ from flowcut.loading import load_module
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of past tokens, one pair of [B, Hkv, rows, d] per layer, written in place."""
+    """Keys and values of past tokens, one pair of [B, Hkv, rows, d] per layer, written in place.
+
+    Layers have rows of their own where visual tokens are dropped between them (flowcut.language_pruning).
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
 
     @staticmethod
     def allocate(
-        config: TextConfig, batch: int, rows: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        config: TextConfig,
+        batch: int,
+        rows: int | Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
     ) -> KVCache:
-        """An empty cache. Rows are zero, not uninitialised: a masked NaN would still spoil attention."""
-        shape = (batch, config.num_key_value_heads, rows, config.head_size)
-        layers = range(config.num_hidden_layers)
-        keys, values = ([torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2))
+        """An empty cache. Rows are zero, not uninitialised: a masked NaN would still spoil attention.
+
+        rows: of every layer, or of each.
+        """
+        heads, size, layers = config.num_key_value_heads, config.head_size, config.num_hidden_layers
+        each = [rows] * layers if isinstance(rows, int) else rows
+        keys, values = (
+            [torch.zeros((batch, heads, n, size), dtype=dtype, device=device) for n in each] for _ in range(2)
+        )
         return KVCache(keys, values)
 
     @property
     def rows(self) -> int:
-        """Tokens that fit in the cache of one sequence."""
+        """Tokens that fit in the first layer's cache of one sequence."""
         return self.keys[0].shape[2]
 
 
@@ -122,15 +135,23 @@ class LanguageModel(nn.Module):
         Raises:
             InputError: a position does not fit in the cache.
         """
-        if int(position_ids.max()) >= cache.rows:
-            raise InputError(
-                f"position_ids must be below the cache's {cache.rows} rows, got {int(position_ids.max())}. "
-                "Allocate prompt length + new tokens."
-            )
         hidden = self.embed(input_ids, image_rows, image_embeds)
+        return self.through(range(self.config.num_hidden_layers), hidden, position_ids, cache)
+
+    def through(self, layers: range, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
+        """hidden [B, S, D] as it enters the first of some consecutive layers -> as it leaves the last.
+
+        Raises:
+            InputError: a position does not fit in the cache.
+        """
+        rows, last = cache.keys[layers.start].shape[2], int(position_ids.max())
+        if last >= rows:
+            raise InputError(
+                f"position_ids must be below the cache's {rows} rows, got {last}. Allocate prompt length + new tokens."
+            )
         step = Step.at(position_ids, self.config, hidden.dtype)
-        for layer, keys, values in zip(self.model.layers, cache.keys, cache.values, strict=True):
-            hidden = layer(hidden, step, keys, values)
+        for i in layers:
+            hidden = self.model.layers[i](hidden, step, cache.keys[i], cache.values[i])
         return hidden
 
     def embed(self, input_ids: Tensor, image_rows: Tensor, image_embeds: Tensor | None) -> Tensor:

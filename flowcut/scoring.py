@@ -1,9 +1,9 @@
 """Flow score of one layer (SPEC 1), as pure functions of that layer's query, key and value.
 
-Everything is float32 and per image. Only the source row (CLS in vision) is scored against the keys, so attention
-itself stays fused. Logits of `v[0] . v[j]` dwarf each other on real checkpoints; therefore probabilities are kept as
-logarithms and the largest one is factored out before heads are summed: a common factor cancels in `sem / sum(sem)`,
-and the result is finite for any |q|, |k|, |v| <= 65504.
+Everything is float32 and per image. Only the source row (CLS in the tower, the instruction's last token in the language
+model) is scored against the keys, so attention itself stays fused. Logits of `v[0] . v[j]` dwarf each other on real
+checkpoints; therefore probabilities are kept as logarithms and the largest one is factored out before heads are summed:
+a common factor cancels in `sem / sum(sem)`, and the result is finite for any |q|, |k|, |v| <= 65504.
 """
 
 from __future__ import annotations
@@ -57,15 +57,30 @@ def flow_score(
         semantic, strength: leave out that part of the score.
     """
     q_row, k, v = q[:, :, :1].float(), k.float(), v.float()
-    scale = q.shape[-1] ** -0.5
     keys = None if valid is None else torch.nn.functional.pad(valid, (1, 0), value=True)  # [B, N+1]
-    rel = _share((q_row * scale) @ k.transpose(-1, -2), keys)
+    rel = _share(_relevance(q_row, k), keys)
     score = rel
     if semantic:
         score = score + _share(v[:, :, :1] @ v.transpose(-1, -2), keys)
     if strength:
-        score = score * v.mean(1)[:, 1:].abs().sum(-1)
+        score = score * _strength(v)[:, 1:]
     return FlowScore(score, _entropy_ratio(rel, valid))
+
+
+def token_score(q: Tensor, v_source: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, M] float32: score visual tokens by what flows between them and a token that is not among them (SPEC 4.2).
+
+    Unlike in the tower the semantic logits are scaled, and no share is lost to the source.
+
+    Args:
+        q: [B, H, 1, d], the source's rotated query; its head i belongs to key head i // (H / Hkv).
+        v_source: [B, Hkv, 1, d], the source's value.
+        k, v: [B, Hkv, M, d], rotated keys and values of the visual tokens, any float dtype.
+    """
+    q, v_source, k, v = q.float(), v_source.float(), k.float(), v.float()
+    rel = _share(_relevance(q, k), None, dropped=0)
+    sem = _share(_relevance(v_source, v), None, dropped=0)
+    return (rel + sem) * _strength(v)
 
 
 def accumulate(running: Tensor | None, score: Tensor, history: float = HISTORY) -> Tensor:
@@ -76,17 +91,31 @@ def accumulate(running: Tensor | None, score: Tensor, history: float = HISTORY) 
     return score if running is None or not history else history * running + (1 - history) * score
 
 
-def _share(logits: Tensor, keys: Tensor | None) -> Tensor:
-    """Head-mean attention of the source row, CLS dropped, normalised to sum 1 over the patches.
+def _relevance(row: Tensor, keys: Tensor) -> Tensor:
+    """Attention's scaled logits [B, H, 1, N] of one row [B, H, 1, d] over keys [B, Hkv, N, d]."""
+    heads, groups = row.shape[1], keys.shape[1]
+    scaled = (row * row.shape[-1] ** -0.5).reshape(len(row), groups, heads // groups, -1)  # [B, Hkv, H / Hkv, d]
+    logits: Tensor = scaled @ keys.transpose(-1, -2)
+    return logits.flatten(1, 2)[:, :, None]
+
+
+def _strength(v: Tensor) -> Tensor:
+    """[B, N], from values [B, H, N, d]."""
+    return v.mean(1).abs().sum(-1)
+
+
+def _share(logits: Tensor, keys: Tensor | None, dropped: int = 1) -> Tensor:
+    """Head-mean attention of the source row, normalised to sum 1 over the keys after the first `dropped`.
 
     Args:
         logits: [B, H, 1, N+1].
         keys: [B, N+1] bool or None.
+        dropped: 1 where the source, CLS, is the first of the keys; it counts in the softmax's denominator only.
     """
     logits = logits.squeeze(2)
     if keys is not None:
         logits = logits.masked_fill(~keys[:, None], -torch.inf)
-    log_share = logits.log_softmax(-1)[..., 1:]  # [B, H, N]; CLS counts in the denominator only
+    log_share = logits.log_softmax(-1)[..., dropped:]  # [B, H, N]
     largest = log_share.amax((1, 2), keepdim=True)
     weight = (log_share - largest).exp().sum(1)  # [B, N]
     return weight / weight.sum(-1, keepdim=True)

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowcut.anyres import Tiling
 from flowcut.checkpoint import Weights
 from flowcut.config import LlavaConfig, VisionConfig
 from flowcut.loading import load_module
+from flowcut.packing import pack
 from flowcut.pruner import Pruner
 from flowcut.schedule import Schedule
 
@@ -37,13 +39,18 @@ class VisionOutput:
 
 
 class VisionModel(nn.Module):
-    """Pruned CLIP tower and projector: pixel_values [B, 3, S, S] -> image_embeds [B, T, text hidden]."""
+    """Pruned CLIP tower and projector: pixel_values [B, 3, S, S] -> image_embeds [B, T, text hidden].
+
+    The B images are those that the tower sees: pictures of LLaVA-1.5, tiles of LLaVA-NeXT, which `see` makes one of.
+    """
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = nn.ModuleDict({"vision_model": ClipTower(config.vision)})
         self.multi_modal_projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        if config.anyres:
+            self.image_newline = nn.Parameter(torch.empty(config.text.hidden_size))
 
     @staticmethod
     def from_weights(weights: Weights, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VisionModel:
@@ -64,6 +71,15 @@ class VisionModel(nn.Module):
         """image_embeds [B, T, text hidden] and kept [B, T]."""
         output = self.features(pixel_values, schedule)
         return self.multi_modal_projector(output.features), output.kept
+
+    def see(self, tiles: Tensor, each: Tiling, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """One picture of LLaVA-NeXT: tiles [tiles, 3, S, S], the base tile first, to visual tokens in reading order.
+
+        Returns:
+            embeddings [n, text hidden] and their places [n] (flowcut.anyres).
+        """
+        embeds, kept = self(tiles, schedule)
+        return pack(embeds, kept, each, self.image_newline)
 
 
 class ClipTower(nn.Module):

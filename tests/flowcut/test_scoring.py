@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowcut.schedule import Schedule
-from flowcut.scoring import accumulate, flow_score, running_score
+from flowcut.scoring import accumulate, flow_score, running_score, token_score
 
 TINY = np.finfo(np.float32).tiny
 Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -194,3 +194,49 @@ def test_without_history_the_running_score_is_the_last_one_even_where_it_was_min
     assert torch.equal(
         accumulate(torch.tensor([[-torch.inf, 2.0]]), torch.tensor([[3.0, 1.0]]), 0.0), torch.tensor([[3.0, 1.0]])
     )
+
+
+def assert_tokens_are_scored(q: np.ndarray, source: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    """q [H * G, d], the source's value [H, d], k and v [H, M, d]: against the float64 reading of SPEC 4.2."""
+    score = token_score(*(torch.from_numpy(x)[None] for x in (q[:, None], source[:, None], k, v)))[0].numpy()
+    scale = 1 / np.sqrt(np.longdouble(q.shape[-1]))
+    expected = references.key_scores(q, source, k, v, scale, scale, source_in_keys=0)
+    assert np.isfinite(score).all()
+    assert (score >= 0).all()
+    difference = np.abs(score - expected.score)
+    assert (difference <= expected.tolerance * expected.score.max() + expected.rounding + TINY * np.abs(v).sum()).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    tokens=st.integers(1, 70),
+    size=st.sampled_from([2, 8, 32]),
+    exponent=st.floats(-4, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_visual_tokens_match_the_float64_reference_for_grouped_queries(
+    heads: int, group: int, tokens: int, size: int, exponent: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    q, source = (rng.standard_normal((n, size), np.float32) for n in (heads * group, heads))
+    k, v = (rng.standard_normal((heads, tokens, size), np.float32) for _ in range(2))
+    assert_tokens_are_scored(q, source * np.float32(10**exponent), k, v * np.float32(10**exponent))
+
+
+@pytest.mark.parametrize("qkv", HOSTILE.values(), ids=HOSTILE.keys())
+def test_visual_tokens_match_the_float64_reference_on_hostile_inputs(qkv: Inputs) -> None:
+    q, k, v = (np.ascontiguousarray(x) for x in qkv)
+    assert_tokens_are_scored(q[:, 0], v[:, 0], k[:, 1:], v[:, 1:])
+
+
+def test_semantic_logits_of_visual_tokens_are_scaled_by_the_head_size() -> None:
+    _, k, v = random_qkv((2, 9, 16))
+    source = v[:, 0]
+    share = np.exp(np.einsum("hd,hjd->hj", source, v).astype(np.float64) / 4)
+    share = (share / share.sum(1, keepdims=True)).mean(0)
+    expected = (1 / 9 + share) * np.abs(v.mean(0)).sum(-1)
+    flat = torch.zeros(1, 4, 1, 16)
+    score = token_score(flat, *(torch.from_numpy(x)[None] for x in (source[:, None], k, v)))
+    np.testing.assert_allclose(score[0], expected, rtol=1e-4)
