@@ -1,6 +1,8 @@
 """The `language` graph: Llama decoder, prefill and decode in one, KV cache written in place.
 
-Inputs and outputs are flowcut.contract.language_contract; flowcut/language.py is the same mathematics in torch.
+Inputs and outputs are flowcut.contract.language_contract; flowcut/language.py is the same mathematics in torch. Where
+visual tokens are dropped after layer PRUNE_LAYER (export/language_pruning.py), the layers behind it have a step of
+their own: other positions, and so other cache rows.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from export.builder import GraphBuilder
+from export.language_pruning import Heads, LanguagePruning
 from export.linear import Linear, Ranges
+from flowcut.budget import PRUNE_LAYER
 from flowcut.config import NUMPY_DTYPE, Precision, TextConfig
 from flowcut.contract import GraphContract, cached_layers, exchange_dtype, hidden_name, past_names, present_names
 
@@ -26,7 +30,7 @@ PREFIX = "language_model."
 
 @dataclass(frozen=True)
 class Step:
-    """Values that all layers share.
+    """Values that consecutive layers share.
 
     Attributes:
         position_ids: [B, S]; write_row: [B], the cache row of the first of them.
@@ -59,7 +63,7 @@ def language_model(
         ranges: see export.linear; fp8 only.
     """
     graph = _LanguageGraph(weights, contract, precision, ranges)
-    return graph.builder.model(contract, graph.outputs(), metadata)
+    return graph.builder.model(contract, graph.outputs(), metadata, graph.functions())
 
 
 class _LanguageGraph:
@@ -72,53 +76,64 @@ class _LanguageGraph:
         self.builder = GraphBuilder(contract.name)
         self.linears = Linear(self.builder, weights, precision, ranges)
         self.inputs = {spec.name: self.builder.input(spec) for spec in contract.inputs}
-        rows = {int(spec.dims[2]) for spec in contract.inputs if spec.name.startswith("past.")}
-        (self.cache_rows,) = rows
+        self.cache_rows = [int(spec.dims[2]) for spec in contract.inputs if spec.name.startswith("past.")]
+        self.pruning: LanguagePruning | None = None
+        if "image_spans" in self.inputs:
+            self.pruning = LanguagePruning(self.builder, self.config, contract, self.inputs)
 
     def outputs(self) -> dict[str, ir.Value]:
         """Write all nodes; graph outputs by contract name."""
         presents: dict[str, ir.Value] = {}
-        hidden, step = self.entering(), self.step()
+        positions = "position_ids" if "position_ids" in self.inputs else "pruned_position_ids"
+        hidden, step = self.entering(), self.step(positions, self.cache_rows[0])
         for i in cached_layers(self.contract):
             with self.builder.scope(f"layers.{i}"):
-                hidden, cache = self.layer(i, hidden, step)
+                hidden, cache, heads = self.layer(i, hidden, step)
+                if self.pruning is not None and i == PRUNE_LAYER:
+                    hidden = self.pruning.prune(heads, hidden)
+                    step = self.step("pruned_position_ids", self.cache_rows[-1])
             presents |= dict(zip(present_names(i), cache, strict=True))
-        return self.leaving(hidden) | presents
+        found = {} if self.pruning is None else self.pruning.found()
+        return self.leaving(hidden) | found | presents
+
+    def functions(self) -> list[ir.Function]:
+        """Bodies of the custom nodes that were emitted."""
+        return [] if self.pruning is None else self.pruning.functions()
 
     def entering(self) -> ir.Value:
         """What the first layer of this graph takes: [B, S, D]."""
         if (name := hidden_name(cached_layers(self.contract)[0])) not in self.inputs:
-            return self.embed()
+            tokens = (self.inputs["input_ids"], self.inputs["image_rows"])
+            return self.embed(*(tokens if self.pruning is None else self.pruning.close()))
         return self.builder.cast(self.inputs[name], exchange_dtype(self.precision), self.dtype)
 
     def leaving(self, hidden: ir.Value) -> dict[str, ir.Value]:
         """What becomes of the last layer's output."""
-        if "last_token" in self.inputs:
+        if "logits" in {spec.name for spec in self.contract.outputs}:
             return {"logits": self.logits(hidden)}
         name = hidden_name(cached_layers(self.contract)[-1] + 1)
         return {name: self.builder.cast(hidden, self.dtype, exchange_dtype(self.precision))}
 
-    def embed(self) -> ir.Value:
-        """Token embeddings [B, S, D], replaced by image embeddings where image_rows is not -1."""
+    def embed(self, input_ids: ir.Value, rows: ir.Value) -> ir.Value:
+        """Token embeddings [B, S, D], replaced by image embeddings where `rows` (image_rows) are not -1."""
         b = self.builder
-        rows = self.inputs["image_rows"]
-        text = b.op("Gather", self.weight("model.embed_tokens"), self.inputs["input_ids"])
+        text = b.op("Gather", self.weight("model.embed_tokens"), input_ids)
         table = b.op("Reshape", self.inputs["image_embeds"], b.const([-1, self.config.hidden_size], "int64"))
         table = b.cast(table, exchange_dtype(self.precision), self.dtype)
         images = b.op("Gather", table, b.op("Max", rows, b.const(0, "int64")))
         is_image = b.op("Greater", b.op("Unsqueeze", rows, b.const([2], "int64")), b.const(-1, "int64"))
         return b.op("Where", is_image, images, text)
 
-    def step(self) -> Step:
-        """Everything that follows from position_ids.
+    def step(self, position_ids: str, cache_rows: int) -> Step:
+        """Everything that follows from the input of that name.
 
         The mask is explicit although opset 24's Attention could derive it from nonpad_kv_seqlen: TensorRT-RTX 1.7
         drops that input without an error ("Unused Input" in its log) and would compute wrong decode steps.
         """
         b = self.builder
-        positions = self.inputs["position_ids"]
-        cos, sin = rotary_tables(self.config, self.cache_rows)
-        before = np.arange(-1, self.cache_rows - 1).reshape(1, 1, 1, -1)  # row <= position is position > row - 1
+        positions = self.inputs[position_ids]
+        cos, sin = rotary_tables(self.config, self.cache_rows[0])  # the greater number, where there are two
+        before = np.arange(-1, cache_rows - 1).reshape(1, 1, 1, -1)  # row <= position is position > row - 1
         return Step(
             position_ids=positions,
             write_row=b.op("Gather", positions, b.const(0, "int64"), axis=1),
@@ -127,19 +142,19 @@ class _LanguageGraph:
             mask=b.op("Greater", b.op("Unsqueeze", positions, b.const([1, 3], "int64")), b.const(before, "int64")),
         )
 
-    def layer(self, i: int, hidden: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        """One decoder layer: hidden [B, S, D], and the layer's present keys and values."""
+    def layer(self, i: int, hidden: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value], Heads]:
+        """One decoder layer: hidden [B, S, D], the layer's present keys and values, and what attention was from."""
         b, name = self.builder, f"model.layers.{i}"
-        attended, cache = self.attention(i, self.norm(hidden, f"{name}.input_layernorm"), step)
+        attended, cache, heads = self.attention(i, self.norm(hidden, f"{name}.input_layernorm"), step)
         hidden = b.op("Add", hidden, attended)
         x = self.norm(hidden, f"{name}.post_attention_layernorm")
         y = self.linear(x, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
         y = b.op("Reshape", y, b.const([0, 0, 2, self.config.intermediate_size], "int64"))
         gate, up = (b.op("Gather", y, b.const(half, "int64"), axis=2) for half in range(2))
         gated = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
-        return b.op("Add", hidden, self.linear(gated, f"{name}.mlp.down_proj")), cache
+        return b.op("Add", hidden, self.linear(gated, f"{name}.mlp.down_proj")), cache, heads
 
-    def attention(self, i: int, x: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+    def attention(self, i: int, x: ir.Value, step: Step) -> tuple[ir.Value, tuple[ir.Value, ir.Value], Heads]:
         """Attention of x [B, S, D] over the updated cache [B, Hkv, C, d]."""
         b, config, name = self.builder, self.config, f"model.layers.{i}.self_attn"
         q, k, v = self.heads(x, name)
@@ -150,7 +165,7 @@ class _LanguageGraph:
         y = b.op("Attention", q, keys, values, step.mask, scale=config.head_size**-0.5)  # [B, H, S, d]
         y = b.op("Transpose", y, perm=[0, 2, 1, 3])
         y = b.op("Reshape", y, b.const([0, 0, config.hidden_size], "int64"))
-        return self.linear(y, f"{name}.o_proj"), (keys, values)
+        return self.linear(y, f"{name}.o_proj"), (keys, values), Heads(q, k, v)
 
     def heads(self, x: ir.Value, name: str) -> list[ir.Value]:
         """Project x [B, S, D] to q [B, H, S, d], k and v [B, Hkv, S, d]: one product, then heads of constant numbers.
@@ -173,11 +188,19 @@ class _LanguageGraph:
     def logits(self, hidden: ir.Value) -> ir.Value:
         """Float32 logits [B, V] of each sequence's last token; the other rows never reach the head."""
         b = self.builder
-        index = b.op("Unsqueeze", self.inputs["last_token"], b.const([1], "int64"))
+        index = b.op("Unsqueeze", self.last_token(), b.const([1], "int64"))
         last = b.op("GatherND", hidden, index, batch_dims=1)  # [B, D]
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         logits = b.op("Gemm", self.norm(last, "model.norm"), self.weight(head), transB=1)
         return b.cast(logits, self.dtype, "float32")
+
+    def last_token(self) -> ir.Value:
+        """The row of hidden whose logits are wanted, [B]."""
+        if self.pruning is not None:
+            return self.pruning.last_token()
+        if "last_token" in self.inputs:
+            return self.inputs["last_token"]
+        return self.builder.op("Sub", self.inputs["pruned_lengths"], self.builder.const(1, "int64"))
 
     def linear(self, x: ir.Value, *names: str) -> ir.Value:
         return self.linears(x, *(PREFIX + name for name in names), bias=False)
