@@ -4,6 +4,7 @@ PYTHON         = python3
 MODEL          = llava-tiny
 WEIGHTS        = auto
 TOKENS         =
+LLM_TOKENS     =
 SCHEDULE       = static
 SELECTOR       = flowcut
 PRECISION      = fp16
@@ -31,9 +32,12 @@ make format      let ruff rewrite the code
 make clean       remove build/ and caches; make distclean: .venv too
 
 Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
-  MODEL=$(MODEL)      a directory in the Hugging Face llava format, or llava-1.5-7b, llava-1.5-13b, llava-tiny
+  MODEL=$(MODEL)      a directory in the Hugging Face llava or llava_next format, or llava-1.5-7b, llava-1.5-13b,
+                       llava-v1.6-vicuna-7b, llava-v1.6-vicuna-13b, llava-tiny
   WEIGHTS=$(WEIGHTS)          auto, or random: seeded weights at MODEL's true geometry, nothing is downloaded
-  TOKENS=              visual tokens kept per picture; empty: 11.1% of the patches (64 of LLaVA-1.5's 576)
+  TOKENS=              visual tokens kept per picture; empty: 11.1% of the patches (64 of LLaVA-1.5's 576), or
+                       160 of LLaVA-NeXT's 2880, half of them of each tile, then all inside the language model
+  LLM_TOKENS=          LLaVA-1.5: of these, kept inside the language model after its second layer; empty: all
   SCHEDULE=$(SCHEDULE)      static, masked, or a schedule in a FILE.json
   SELECTOR=$(SELECTOR)     what chooses the patches: flowcut; less a part: no-history, no-semantic, no-strength; or
                        with SCHEDULE=static: cls (attention of the last layer alone), grid, random-SEED
@@ -87,7 +91,8 @@ engine: export FLOWCUT_IMAGE := $(value IMAGE)
 engine: export FLOWCUT_QUESTION := $(value QUESTION)
 engine: $(ENGINE)
 	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) \
-	  --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" --precision $(PRECISION) --backend $(BACKEND) \
+	  $(addprefix --llm-tokens ,$(LLM_TOKENS)) --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" \
+	  --precision $(PRECISION) --backend $(BACKEND) \
 	  $(addprefix --vision-precision ,$(VISION_PRECISION)) --stages $(STAGES) \
 	  $${FLOWCUT_CALIBRATION:+--calibration "$$FLOWCUT_CALIBRATION"} \
 	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \

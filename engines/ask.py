@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from engines.runtime import Generation, LlavaEngine
+from engines.pictures import Geometry
+from engines.runtime import Generation, LlavaEngine, pruning
+from flowcut.anyres import image_slots
+from flowcut.budget import Budget
+from flowcut.config import LlavaConfig
 from flowcut.contract import Limits
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import open_image
@@ -30,14 +34,16 @@ class Question:
     """What to ask about which pictures, and how often for the clock.
 
     Attributes:
-        prompt: with one `<image>` per picture.
+        text: a question, to be put into the model's template; or a prompt, with one `<image>` per picture.
+        template: whether it is a question.
         answer_tokens: longest answer; None: 32, or what the engine allows if that is less.
     """
 
     images: tuple[Path, ...]
-    prompt: str
+    text: str
     answer_tokens: int | None = None
     repeats: int = 5
+    template: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("repeats", self.repeats), ("answer_tokens", self.answer_tokens)):
@@ -52,15 +58,21 @@ class Question:
         """
         for path in self.images:
             open_image(path)
-        if (places := self.prompt.count(IMAGE)) != len(self.images):
+        if (places := self.text.count(IMAGE) + len(self.images) * self.template) != len(self.images):
             raise InputError(
                 f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. "
                 f"Write it like {question_prompt('What is this?', len(self.images))!r}."
             )
 
-    def check_fits(self, tokenizer: Tokenizer, tokens: int, limits: Limits) -> None:
-        """Raise InputError for a prompt or an answer too long for an engine that keeps `tokens` a picture."""
-        batch([tokenizer.encode(self.prompt, len(self.images), tokens)], limits.max_prompt)
+    def prompt(self, config: LlavaConfig) -> str:
+        """As a model takes it."""
+        return question_prompt(self.text, len(self.images), anyres=config.anyres) if self.template else self.text
+
+    def check_fits(self, tokenizer: Tokenizer, config: LlavaConfig, budget: Budget, limits: Limits) -> None:
+        """Raise InputError for a prompt or an answer too long for an engine that keeps so many tokens."""
+        rows = Geometry(config, budget.tokens).rows([open_image(path) for path in self.images])
+        encoded = tokenizer.encode(self.prompt(config), rows, image_slots(config, budget.tokens))
+        batch([encoded], limits.max_prompt, pruning(config, budget, limits))
         self.new_tokens(limits.max_new_tokens)
 
     def new_tokens(self, limit: int) -> int:
@@ -103,7 +115,8 @@ class Answer:
             "model": manifest.model,
             "weights": manifest.weights,
             "note": manifest.note,
-            "tokens": manifest.tokens,
+            "tokens": manifest.budget.asked(manifest.geometry),
+            "llm_tokens": manifest.llm_tokens,
             "selector": selector_name(manifest.schedule),
             "schedule": manifest.schedule["kind"],
             "precision": manifest.precision,
@@ -115,12 +128,13 @@ class Answer:
 
 def ask(engine: LlavaEngine, question: Question) -> Answer:
     """Answer once to warm up, then up to `question.repeats` times for the clock."""
-    images, new_tokens = list(question.images), question.new_tokens(engine.manifest.limits.max_new_tokens)
-    first = engine.generate(images, question.prompt, new_tokens)
+    manifest, images = engine.manifest, list(question.images)
+    prompt, new_tokens = question.prompt(manifest.geometry), question.new_tokens(manifest.limits.max_new_tokens)
+    first = engine.generate(images, prompt, new_tokens)
     runs: list[Generation] = []
     deadline = time.perf_counter() + PATIENCE_S
     while len(runs) < question.repeats and (not runs or time.perf_counter() < deadline):
-        runs.append(engine.generate(images, question.prompt, new_tokens))
+        runs.append(engine.generate(images, prompt, new_tokens))
     return Answer(first, first.prompt_tokens[0], _summary(runs))
 
 

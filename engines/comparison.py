@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flowcut.anyres import NO_TOKEN
 from flowcut.contract import exchange_dtype
 
 Array = NDArray[Any]
@@ -27,21 +28,21 @@ class Led(NamedTuple):
     Gaps are between scores at one pruning point, over the lowest score that stays there.
 
     Attributes:
-        image_embeds: [images, T, D].
+        image_embeds: per picture its visual tokens [n, D].
         widest_gap: how far at most a patch that had to go was above one that took its place; 0 if none had to.
         firm_gap: the same over the points before which no tie was met: after one, which others were dropped is not
             known, and scores are other ones.
         closest_call: least gap between the last patch that stays and the first that goes.
     """
 
-    image_embeds: Array
+    image_embeds: Sequence[Array]
     widest_gap: float
     firm_gap: float
     closest_call: float
 
 
-Lead = Callable[[Array, float], Led]
-"""From the patches to keep, [images, T], and the gap up to which two scores are a tie."""
+Lead = Callable[[Sequence[Array], float], Led]
+"""From what to keep of each picture, and the gap up to which two scores are a tie."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,10 @@ def relative_error(got: Array, expected: Array) -> float:
     return difference / scale if scale else (math.inf if difference else 0.0)
 
 
-def jaccard(a: Array, b: Array) -> float:
-    """The least agreement of two kept sets over images: a, b [images, T]."""
-    pairs = zip(a.tolist(), b.tolist(), strict=True)
-    return min(len(set(x) & set(y)) / len(set(x) | set(y)) for x, y in pairs)
+def jaccard(a: Iterable[Array], b: Iterable[Array]) -> float:
+    """The least agreement of two kept sets over pictures, which have such sets each."""
+    pairs = [(set(x.tolist()), set(y.tolist())) for x, y in zip(a, b, strict=True)]
+    return min((len(x & y) / len(x | y) for x, y in pairs if x | y), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -192,28 +193,53 @@ class Judge:
         return self._row(output, errors[worst], self.tolerance.values, f"greatest at {worst}")
 
     def vision(
-        self, got: Mapping[str, Array], expected: Mapping[str, Array], patches: int, lead: Lead | None
+        self, got: Mapping[str, Array], expected: Mapping[str, Array], numbers: int, lead: Lead | None
     ) -> list[Row]:
-        """Kept patches and image_embeds, each [images, T, ..]. `lead` tells ties from errors where it is given.
+        """Kept patches and image_embeds, each [images, slots, ..]. `lead` tells ties from errors where it is given.
+
+        `numbers`: kept are below it, patch numbers or LLaVA-NeXT's places.
 
         Where the kept patches differ, so do the features, rightly. The reference is therefore led through the runner's
         patches; without `lead` only common patches are compared, which still have seen other neighbours.
         """
-        kept, embeds = got["kept"], got["image_embeds"]
-        if problem := kept_problem(kept, patches):
+        if problem := kept_problem(got, numbers):
             return [Row(self.graph, self.reference, self.runner, "kept", FAILED, detail=problem)]
-        agreement = jaccard(kept, expected["kept"])
+        (kept, embeds), (others, theirs) = _real(got), _real(expected)
+        agreement = jaccard(kept, others)
         same = self._row("kept", 0.0, self.tolerance.score_gap)
-        values = self.values("image_embeds", embeds, expected["image_embeds"])
-        if agreement == 1.0 and (values.verdict == OK or lead is None):
-            return [same, values]
+        if agreement == 1.0:
+            values = self.values("image_embeds", np.concatenate(embeds), np.concatenate(theirs))
+            if values.verdict == OK or lead is None:
+                return [same, values]
         if lead is None:
-            return self._unled(got, expected, agreement)
+            common = _common((kept, embeds), (others, theirs))
+            return [self.unled("kept", agreement), self.values("image_embeds", *common, "of the common patches only")]
         led = lead(kept, self.tolerance.score_gap)
         return [
             same if agreement == 1.0 else self._tie(led, agreement),
             self._led_values(embeds, led),
         ]
+
+    def exact(self, output: str, got: Array, expected: Array) -> Row:
+        """Whole numbers that leave no room."""
+        return self._row(output, float(np.abs(got - expected).max(initial=0)), 0.0)
+
+    def tokens(self, agreement: float, gap: float | None) -> Row:
+        """What stays of pictures inside the decoder: `gap` is the widest between scores of those that were swapped, as
+        torch has them; None where nobody knows."""
+        if agreement == 1.0:
+            return self._row("kept_tokens", 0.0, self.tolerance.score_gap)
+        if gap is None:
+            return self.unled("kept_tokens", agreement)
+        row = replace(self._row("kept_tokens", gap, self.tolerance.score_gap), reference="torch")
+        detail = f"agreement {agreement:.3f}; the error is the widest score gap among swapped tokens"
+        return replace(row, verdict=TIE if row.verdict == OK else FAILED, detail=detail)
+
+    def unled(self, output: str, agreement: float) -> Row:
+        """Two kept sets where nobody can be asked for the scores."""
+        floor = self.tolerance.agreement
+        detail = f"agreement {agreement:.3f}, at least {floor}: without the checkpoint's scores ties cannot be told"
+        return self._row(output, 1.0 - agreement, 1.0 - floor, detail)
 
     def _tie(self, led: Led, agreement: float) -> Row:
         row = self._row("kept", led.widest_gap, self.tolerance.score_gap)
@@ -227,34 +253,37 @@ class Judge:
             verdict, detail = TIE, "others were dropped before, of equal score, so that later scores are other ones"
         return replace(row, verdict=verdict, reference="torch", detail=f"agreement {agreement:.3f}; {detail}")
 
-    def _led_values(self, embeds: Array, led: Led) -> Row:
+    def _led_values(self, embeds: Sequence[Array], led: Led) -> Row:
         """Against torch keeping the same patches. Which others it dropped on the way is known up to ties only."""
-        row = replace(self.values("image_embeds", embeds, led.image_embeds), reference="torch")
+        if [each.shape for each in embeds] != [each.shape for each in led.image_embeds]:
+            detail = "torch cannot keep the same patches and no others"
+            return Row(self.graph, "torch", self.runner, "image_embeds", FAILED, detail=detail)
+        values = self.values("image_embeds", np.concatenate(embeds), np.concatenate(led.image_embeds))
+        row = replace(values, reference="torch")
         tied = max(led.closest_call, led.firm_gap) <= self.tolerance.score_gap
         if row.verdict == FAILED and tied and row.error is not None and row.error <= AFTER_TIE:
             detail = "another of equal score may have been dropped on the way"
             return replace(row, verdict=TIE, tolerance=AFTER_TIE, detail=detail)
         return row
 
-    def _unled(self, got: Mapping[str, Array], expected: Mapping[str, Array], agreement: float) -> list[Row]:
-        floor = self.tolerance.agreement
-        detail = f"agreement {agreement:.3f}, at least {floor}: without the checkpoint's scores ties cannot be told"
-        return [
-            self._row("kept", 1.0 - agreement, 1.0 - floor, detail),
-            self.values("image_embeds", *_common(got, expected), "of the common patches only"),
-        ]
-
     def _row(self, output: str, error: float, tolerance: float, detail: str = "") -> Row:
         verdict = OK if error <= tolerance else FAILED
         return Row(self.graph, self.reference, self.runner, output, verdict, error, tolerance, detail)
 
 
-def kept_problem(kept: Array, patches: int) -> str:
-    """Why `kept` [images, T] cannot be patch numbers; empty where it can."""
-    if kept.min(initial=0) < 0 or kept.max(initial=0) >= patches:
-        return f"must be in 0..{patches - 1}, got {kept.min()}..{kept.max()}"
-    if (np.diff(kept, axis=1) <= 0).any():
-        return "must be ascending"
+def kept_problem(outputs: Mapping[str, Array], numbers: int) -> str:
+    """Why `kept` [images, slots], as far as image_lengths say, cannot be ascending numbers; empty where it can."""
+    kept = outputs["kept"]
+    for row, length in zip(kept, outputs.get("image_lengths", np.full(len(kept), kept.shape[1])), strict=True):
+        if not 1 <= length <= len(row):
+            return f"image_lengths must be in 1..{len(row)}, got {length}"
+        real, rest = row[:length], row[length:]
+        if real.min() < 0 or real.max() >= numbers:
+            return f"must be in 0..{numbers - 1}, got {real.min()}..{real.max()}"
+        if (np.diff(real) <= 0).any():
+            return "must be ascending"
+        if (rest != NO_TOKEN).any():
+            return f"must be {NO_TOKEN} behind image_lengths ({length}), got {rest.min()}..{rest.max()}"
     return ""
 
 
@@ -287,13 +316,25 @@ def print_report(console: Console, report: Report) -> None:
         console.print(f"Not verified: the values of {' and '.join(missing)} were compared with nothing.")
 
 
-def _common(got: Mapping[str, Array], expected: Mapping[str, Array]) -> tuple[Array, Array]:
+Real = tuple[list[Array], list[Array]]
+"""Per picture what was kept [n], and the visual tokens [n, D]."""
+
+
+def _real(outputs: Mapping[str, Array]) -> Real:
+    """Without the rows that mean nothing."""
+    kept, embeds = outputs["kept"], outputs["image_embeds"]
+    lengths = outputs.get("image_lengths", np.full(len(kept), kept.shape[1]))
+    pairs = [(k[:n], e[:n]) for k, e, n in zip(kept, embeds, lengths, strict=True)]
+    return [k for k, _ in pairs], [e for _, e in pairs]
+
+
+def _common(got: Real, expected: Real) -> tuple[Array, Array]:
     """image_embeds of the patches that both kept, [n, D]."""
     a, b = [], []
-    for i, (x, y) in enumerate(zip(got["kept"], expected["kept"], strict=True)):
+    for x, y, embeds, others in zip(got[0], expected[0], got[1], expected[1], strict=True):
         _, at_x, at_y = np.intersect1d(x, y, return_indices=True)
-        a.append(got["image_embeds"][i, at_x])
-        b.append(expected["image_embeds"][i, at_y])
+        a.append(embeds[at_x])
+        b.append(others[at_y])
     return np.concatenate(a), np.concatenate(b)
 
 

@@ -113,7 +113,6 @@ def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> N
 
 def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: OrtOptions) -> tuple[Session, Session]:
     """Vision and the decoder, whose stages are one session."""
-    built_for = (manifest.geometry, manifest.tokens, manifest.precision, manifest.limits)
     contracts = graph_contracts(manifest)
     if backend == "ort":
         sessions = _ort_sessions(directory, manifest, contracts, options)
@@ -121,14 +120,20 @@ def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: Or
         device = CudaDevice(backend)  # one for all: a stage of the decoder could have one of its own
         sessions = [TrtSession(directory / f"{c.name}.engine", c, backend, device) for c in contracts]
     vision, *stages = sessions
-    return vision, stages[0] if len(stages) == 1 else Chain(language_contract(*built_for), stages)
+    return vision, stages[0] if len(stages) == 1 else Chain(whole_decoder(manifest), stages)
+
+
+def whole_decoder(manifest: Manifest) -> GraphContract:
+    """The decoder's contract were it one graph."""
+    geometry, budget = manifest.geometry, manifest.budget
+    return language_contract(geometry, budget.tokens, manifest.precision, manifest.limits, budget.llm_tokens)
 
 
 def graph_contracts(manifest: Manifest) -> tuple[GraphContract, ...]:
     """Of the directory's graphs, in the order of `manifest.graphs`."""
-    geometry, tokens, limits = manifest.geometry, manifest.tokens, manifest.limits
+    geometry, (tokens, kept), limits = manifest.geometry, (manifest.tokens, manifest.llm_tokens), manifest.limits
     vision = vision_contract(geometry, tokens, manifest.vision_precision, limits, manifest.precision)
-    return vision, *language_contracts(geometry, tokens, manifest.precision, limits, manifest.stages)
+    return vision, *language_contracts(geometry, tokens, manifest.precision, limits, manifest.stages, kept)
 
 
 def graph_precisions(manifest: Manifest) -> dict[str, Precision]:

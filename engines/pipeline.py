@@ -30,6 +30,7 @@ from engines.numerics import (
     weight_bytes,
 )
 from flowcut.aliases import Model, resolve
+from flowcut.anyres import image_slots
 from flowcut.artifacts import (
     Manifest,
     check_replaceable,
@@ -40,21 +41,22 @@ from flowcut.artifacts import (
     timestamp,
     write_manifest,
 )
-from flowcut.config import Precision
+from flowcut.budget import Budget, make_budget
+from flowcut.config import LlavaConfig, Precision
 from flowcut.contract import GraphContract, Limits, language_contracts, vision_contract
 from flowcut.deps import require
 from flowcut.errors import ConfigError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
-from flowcut.schedule import Schedule, check_fixed_shapes, default_tokens, file_tokens, make_schedule
+from flowcut.schedule import Schedule, check_fixed_shapes, make_schedule
 from flowcut.selector import FLOWCUT, selector_note
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 LOG = logging.getLogger("flowcut.engines")
-Check = Callable[[Tokenizer, int, Limits], None]
-"""Takes the model's tokenizer, the tokens kept per picture and the engine's limits."""
+Check = Callable[[Tokenizer, LlavaConfig, Budget, Limits], None]
+"""Takes the model's tokenizer and geometry, the visual tokens kept and the engine's limits."""
 TEXT_TOKENS = 192
 """Room for a prompt's text where --max-prompt does not say otherwise."""
 CODE_BYTES, SETTINGS_BYTES = 100 << 20, 5 << 20
@@ -63,10 +65,13 @@ CODE_BYTES, SETTINGS_BYTES = 100 << 20, 5 << 20
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What to build. None takes the default: 11.1% of the patches, room for 192 text tokens beside one picture.
+    """What to build. None takes the default: 11.1% of the patches (of LLaVA-NeXT's 5.6%), room for 192 text tokens
+    beside one picture.
 
     Attributes:
-        tokens: patches kept per picture, an int or "all".
+        tokens: visual tokens kept per picture, an int or "all"; of LLaVA-NeXT half as many of each tile.
+        llm_tokens: of these, kept inside the language model after its second layer; None: all. Not for LLaVA-NeXT,
+            where `tokens` says it.
         schedule: "static", "masked" or the name of a schedule .json file.
         selector: what chooses the patches; None: what the schedule file says, else "flowcut".
         precision: of the decoder; vision_precision: None takes engines.numerics' default.
@@ -80,6 +85,7 @@ class BuildSettings:
     random: bool = False
     seed: int = 0
     tokens: int | str | None = None
+    llm_tokens: int | None = None
     schedule: str = "static"
     selector: str | None = None
     precision: Precision = "fp16"
@@ -124,29 +130,32 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     check_precision(backend, precisions, settings.compute_capabilities)
     require("onnx_ir", extra="export")
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
-    tokens = token_count(settings.tokens, model.config.vision.patches, settings.schedule)
-    schedule = make_schedule(settings.schedule, model.config.vision, tokens, settings.selector, model.weights)
+    config = model.config
+    budget = make_budget(config, settings.tokens, settings.schedule, settings.llm_tokens)
+    schedule = make_schedule(settings.schedule, config.vision, budget.tokens, settings.selector, model.weights)
     check_fixed_shapes(schedule)
     numerics, calibration = choose_numerics(
         model, backend, settings.precision, settings.vision_precision, settings.stages, settings.calibration
     )
-    limits = _limits(settings, model.config.text.max_position_embeddings, tokens)
-    tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)
+    limits = _limits(settings, config.text.max_position_embeddings, image_slots(config, budget.tokens))
+    contracts = graph_contracts(config, budget, numerics, limits)
+    tokenizer = Tokenizer.from_file(model.tokenizer, config.image_token_id, config.text.vocab_size)
     if check is not None:
-        check(tokenizer, tokens, limits)
-    image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
-    target = settings.out or settings.out_root / _directory_name(model.name, schedule, settings.precision, backend)
+        check(tokenizer, config, budget, limits)
+    image_settings = ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints)
+    name = _directory_name(model.name, budget.label(config), schedule.selector, settings.precision, backend)
+    target = settings.out or settings.out_root / name
     check_replaceable(target)
-    needed = weight_bytes(model.config, numerics)
+    needed = weight_bytes(config, numerics)
     check_space(target, needed + SETTINGS_BYTES + (0 if backend == "ort" else needed + CODE_BYTES))
     if backend != "ort":
-        warn_of_memory(model.config, numerics)
+        warn_of_memory(config, numerics)
     targets = build_targets(backend, {numerics.precision, numerics.vision}, settings.compute_capabilities)
 
     replaced = _standing(target)
     seconds: dict[str, float] = {}
     with publish(target) as directory:
-        contracts = export_graphs(model, schedule, numerics, limits, directory, seconds, progress)
+        export_graphs(model, schedule, budget, numerics, contracts, directory, seconds, progress)
         reports = {}
         if backend != "ort":
             reports = _compile(directory, contracts, backend, targets, seconds, progress)
@@ -154,13 +163,15 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
         if calibration is not None:
             shutil.copyfile(calibration, directory / CALIBRATION)
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
-        manifest = write_manifest(directory, _manifest(settings, model, schedule, numerics, limits, targets, seconds))
+        manifest = write_manifest(
+            directory, _manifest(settings, model, schedule, budget, numerics, limits, targets, seconds)
+        )
     return Built(target, manifest, reports, "" if replaced == _summary(manifest) else replaced)
 
 
-def _directory_name(model: str, schedule: Schedule, precision: str, backend: str) -> str:
-    chosen = [] if schedule.selector == FLOWCUT else [schedule.selector]
-    return "-".join([model, str(schedule.tokens), *chosen, precision, backend])
+def _directory_name(model: str, tokens: str, selector: str, precision: str, backend: str) -> str:
+    chosen = [] if selector == FLOWCUT else [selector]
+    return "-".join([model, tokens, *chosen, precision, backend])
 
 
 def _standing(target: Path) -> str:
@@ -182,41 +193,46 @@ def _summary(manifest: Manifest) -> str:
     return ", ".join([f"{weights}, schedule {manifest.schedule['kind']}{chosen}", f"{layers} decoder layers", *rest])
 
 
-def token_count(tokens: int | str | None, patches: int, schedule: str = "") -> int:
-    """The number that --tokens means: the schedule file's, the default, all, or itself (make_schedule checks it)."""
-    if tokens is None:
-        return file_tokens(schedule) or default_tokens(patches)
-    return patches if tokens == "all" else int(tokens)
+def graph_contracts(
+    config: LlavaConfig, budget: Budget, numerics: Numerics, limits: Limits
+) -> tuple[GraphContract, ...]:
+    """Of vision, and of the decoder's stages.
+
+    Raises:
+        ConfigError: more stages than can be.
+    """
+    own, tokens = numerics.precision, budget.tokens
+    vision = vision_contract(config, tokens, numerics.vision, limits, own)
+    return vision, *language_contracts(config, tokens, own, limits, numerics.stages, budget.llm_tokens)
 
 
 def export_graphs(
     model: Model,
     schedule: Schedule,
+    budget: Budget,
     numerics: Numerics,
-    limits: Limits,
+    contracts: Sequence[GraphContract],
     directory: Path,
     seconds: dict[str, float],
     progress: Progress,
-) -> Sequence[GraphContract]:
-    """Write vision.onnx and the decoder's graphs with their weights; returns their contracts."""
+) -> None:
+    """Write vision.onnx and the decoder's graphs with their weights."""
     from export.language import language_model
     from export.vision import vision_model
 
-    own, eyes, config, tokens = numerics.precision, numerics.vision, model.config, schedule.tokens
+    own, eyes, (vision, *stages) = numerics.precision, numerics.vision, contracts
     weights = numerics.weights(model.weights)
-    vision = vision_contract(config, tokens, eyes, limits, own)
-    stages = language_contracts(config, tokens, own, limits, numerics.stages)
     with _timed(seconds, "export"):
-        metadata = graph_metadata(model, schedule, eyes)
+        metadata = graph_metadata(model, schedule, eyes, budget.llm_tokens)
         tower = vision_model(weights, vision, schedule, eyes, metadata, ranges=numerics.ranges)
         save_graph(tower, directory / "vision.onnx", progress)
+        metadata = graph_metadata(model, schedule, own, budget.llm_tokens)
         for stage in stages:
-            decoder = language_model(weights, stage, own, graph_metadata(model, schedule, own), numerics.ranges)
+            decoder = language_model(weights, stage, own, metadata, numerics.ranges)
             save_graph(decoder, directory / f"{stage.name}.onnx", progress)
-    return vision, *stages
 
 
-def graph_metadata(model: Model, schedule: Schedule, precision: str) -> dict[str, str]:
+def graph_metadata(model: Model, schedule: Schedule, precision: str, llm_tokens: int | None = None) -> dict[str, str]:
     """What each ONNX file says of itself."""
     return {
         "flowcut.model": model.name,
@@ -225,7 +241,7 @@ def graph_metadata(model: Model, schedule: Schedule, precision: str) -> dict[str
         "flowcut.tokens": str(schedule.tokens),
         "flowcut.schedule": json.dumps(schedule.to_dict(), sort_keys=True),
         "flowcut.precision": precision,
-    }
+    } | ({} if llm_tokens is None else {"flowcut.llm_tokens": str(llm_tokens)})
 
 
 def save_graph(graph: ir.Model, path: Path, progress: Progress) -> None:
@@ -267,7 +283,7 @@ def _compile(
 
 
 def _limits(settings: BuildSettings, positions: int, tokens: int) -> Limits:
-    """`positions` are all that the decoder has (max_position_embeddings)."""
+    """`positions` are all that the decoder has (max_position_embeddings), `tokens` the most of one picture."""
     answer = settings.max_new_tokens
     least, most = tokens + 1, positions - answer
     if answer >= 1 and most < least:
@@ -302,6 +318,7 @@ def _manifest(
     settings: BuildSettings,
     model: Model,
     schedule: Schedule,
+    budget: Budget,
     numerics: Numerics,
     limits: Limits,
     targets: Sequence[str],
@@ -315,7 +332,8 @@ def _manifest(
         note=model.note,
         source_sha256=model.weights.sha256,
         geometry=model.config,
-        tokens=schedule.tokens,
+        tokens=budget.tokens,
+        llm_tokens=budget.llm_tokens,
         schedule=schedule.to_dict(),
         precision=numerics.precision,
         vision_precision=numerics.vision,

@@ -7,10 +7,10 @@ its own tests, not here. Tensors come and go in the contract's types. Imported b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,14 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return {s.name: outputs[s.name].numpy().astype(s.dtype) for s in self.contract.outputs}
 
 
+class LedImage(NamedTuple):
+    """One image of `TorchVision.lead`: embeds [1, T, D], the patches kept [T], and the gaps of Led."""
+
+    embeds: Tensor
+    kept: Tensor
+    gaps: tuple[float, float, float]
+
+
 class TorchVision(TorchRunner):
     """Tower and projector."""
 
@@ -144,19 +152,20 @@ class TorchVision(TorchRunner):
         return self.typed({"image_embeds": image_embeds, "kept": kept})
 
     @torch.inference_mode()
-    def lead(self, pixel_values: Array, kept: Array, score_gap: float) -> Led:
+    def lead(self, pixel_values: Array, kept: Sequence[Array], score_gap: float) -> Led:
         """image_embeds had these patches been kept, and the score gaps that tell whether they might have been.
 
-        Wherever something is dropped, `kept` [images, T] stay and the best of the others fill up. Following another
-        runner's choices keeps one flipped rank from changing every score after it.
+        Wherever something is dropped, `kept` [T] of each image stay and the best of the others fill up. Following
+        another runner's choices keeps one flipped rank from changing every score after it.
         """
         pixels = torch.from_numpy(pixel_values).float()
-        images = [self._lead(p[None], torch.from_numpy(k), score_gap) for p, k in zip(pixels, kept, strict=True)]
-        embeds, widest, firm, closest = zip(*images, strict=True)
-        return Led(torch.cat(embeds).numpy(), max(widest), max(firm), min(closest))
+        images = [self.lead_one(p[None], torch.from_numpy(k), score_gap) for p, k in zip(pixels, kept, strict=True)]
+        widest, firm, closest = zip(*(image.gaps for image in images), strict=True)
+        return Led([image.embeds[0].numpy() for image in images], max(widest), max(firm), min(closest))
 
-    def _lead(self, pixels: Tensor, wanted: Tensor, score_gap: float) -> tuple[Tensor, float, float, float]:
-        """One image; see Led."""
+    def lead_one(self, pixels: Tensor, wanted: Tensor, score_gap: float, free: Tensor | None = None) -> LedImage:
+        """One image [1, 3, S, S]. `free` are patches of which nobody can see whether they were kept: at the last point
+        the best of them fill up what `wanted` leaves."""
         tower = self.model.vision_tower["vision_model"]
         points = self.schedule.points(tower.config.num_hidden_layers)
         scored_layers = self.schedule.scored_layers(tower.config.num_hidden_layers)
@@ -172,12 +181,14 @@ class TorchVision(TorchRunner):
             running = scored.score
             if i in points:
                 keep = self._keep(points, i, len(numbers), scored)
+                if free is not None and keep == self.schedule.tokens:
+                    wanted = _filled(running[0], numbers, wanted, free, keep)
                 rows, gap, call = choose(running[0], torch.isin(numbers, wanted), keep)
                 widest, firm = max(widest, gap), max(firm, gap) if closest > score_gap else firm
                 closest = min(closest, call)
                 numbers, running = numbers[rows], running[:, rows]
                 hidden = torch.cat([hidden[:, :1], hidden[:, 1:][:, rows]], 1)
-        return self.model.multi_modal_projector(hidden[:, 1:]), widest, firm, closest
+        return LedImage(self.model.multi_modal_projector(hidden[:, 1:]), numbers, (widest, firm, closest))
 
     def _keep(self, points: list[int], layer: int, patches: int, scored: FlowScore) -> int:
         capacity = self.schedule.counts[points.index(layer)]
@@ -195,38 +206,44 @@ class TorchLanguage(TorchRunner):
 
     def activate_impl(self) -> None:
         with torch.device("meta"):
-            self.model = LanguageModel(self.weights.config.text)
+            self.model = self.build()
         for name in self._modules():
             part = self.model.get_submodule(name)
             load_module(part, self.weights, f"language_model.{name}.", torch.float32, "cpu")
         round_inputs(self.model, "language_model.", self.weights)
 
+    def build(self) -> LanguageModel:
+        """Without its weights."""
+        return LanguageModel(self.weights.config.text)
+
     def _modules(self) -> list[str]:
-        names = {s.name for s in self.contract.inputs}
+        names = {s.name for s in (*self.contract.inputs, *self.contract.outputs)}
         head = "model.embed_tokens" if self.weights.config.text.tie_word_embeddings else "lm_head"
         first = ["model.embed_tokens"] if "input_ids" in names else []
-        last = ["model.norm", head] if "last_token" in names else []
+        last = ["model.norm", head] if "logits" in names else []
         return [*first, *(f"model.layers.{i}" for i in cached_layers(self.contract)), *last]
 
     @torch.inference_mode()
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {name: torch.from_numpy(array) for name, array in feed_dict.items()}
         layers, outputs = cached_layers(self.contract), dict[str, Tensor]()
-        step, given = self._step(feeds["position_ids"]), feeds.get(hidden_name(layers[0]))
+        positions = feeds["pruned_position_ids" if "pruned_position_ids" in feeds else "position_ids"]
+        step, given = self._step_at(positions), feeds.get(hidden_name(layers[0]))
         hidden = self._embed(feeds) if given is None else given.float()
         for i in layers:
             cache = [feeds[name].to(torch.float32, copy=True) for name in past_names(i)]
             hidden = self.model.model.layers[i](hidden, step, *cache)
             outputs |= dict(zip(present_names(i), cache, strict=True))
-        if "last_token" in feeds:
-            return self.typed(outputs | {"logits": self.model.logits(hidden, feeds["last_token"])})
+        last = feeds["pruned_lengths"] - 1 if "pruned_lengths" in feeds else feeds.get("last_token")
+        if last is not None:
+            return self.typed(outputs | {"logits": self.model.logits(hidden, last)})
         return self.typed(outputs | {hidden_name(layers[-1] + 1): hidden})
 
     def _embed(self, feeds: Mapping[str, Tensor]) -> Tensor:
         embedded: Tensor = self.model.embed(feeds["input_ids"], feeds["image_rows"], feeds["image_embeds"].float())
         return embedded
 
-    def _step(self, position_ids: Tensor) -> Step:
+    def _step_at(self, position_ids: Tensor) -> Step:
         dtype = getattr(torch, NUMPY_DTYPE[self.weights.precision])
         step = Step.at(position_ids, self.weights.config.text, dtype)
         return replace(step, cos=step.cos.float(), sin=step.sin.float())
@@ -244,6 +261,13 @@ def _rounded_input(scale: float, _: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     scaled = (inputs[0].half() / torch.tensor(scale, dtype=torch.float16)).float()
     # Saturation first: torch's conversion would make NaN of what is too large.
     return scaled.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def _filled(scores: Tensor, numbers: Tensor, wanted: Tensor, free: Tensor, keep: int) -> Tensor:
+    """`wanted`, with the best of `free` up to `keep` patches. scores, numbers: [N], of the patches still there."""
+    missing = max(0, keep - int(torch.isin(numbers, wanted).sum()))
+    order = numbers[scores.sort(descending=True, stable=True).indices]
+    return torch.cat([wanted, order[torch.isin(order, free)][:missing]])
 
 
 def choose(scores: Tensor, wanted: Tensor, keep: int) -> tuple[Tensor, float, float]:

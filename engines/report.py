@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -11,9 +13,12 @@ from rich.text import Text
 
 from engines.ask import Answer, Question
 from engines.pipeline import Built
-from engines.prune import Outcome
+from engines.prune import Outcome, Pruned
 from engines.runtime import LlavaEngine
+from flowcut.anyres import tiling
 from flowcut.artifacts import Manifest
+from flowcut.config import LlavaConfig
+from flowcut.preprocess import open_image
 from flowcut.selector import FLOWCUT, selector_note
 
 LIBRARIES = {"ort": "ONNX Runtime", "rtx": "TensorRT-RTX", "trt": "TensorRT"}
@@ -45,17 +50,24 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
     """The question, the answer, what was kept and how long each stage took."""
     manifest, plain = engine.manifest, console.options.ascii_only
     text = answer.generation.texts[0]
-    _field(console, "prompt", " ".join(question.prompt.split()))
+    _field(console, "prompt", " ".join(question.prompt(manifest.geometry).split()))
     _field(console, "answer", ascii(text) if plain else repr(text))
     if not answer.generation.ended[0]:
         _field(console, "", f"cut after {len(answer.generation.token_ids[0])} tokens; --answer-tokens N asks for more")
     for path, numbers in zip(question.images, answer.generation.kept[0], strict=True):
         _field(console, "picture", str(path))
-        patches, chosen = manifest.geometry.vision.patches, selector_note(manifest.schedule)
-        _field(console, "kept", f"{len(numbers)} of {patches} patches{chosen}")
-        console.print(_map(numbers.tolist(), manifest.geometry.vision.grid, "#." if plain else "█·"))
+        maps = _maps(manifest.geometry, open_image(path).size, numbers.tolist(), "#." if plain else "█·")
+        whole, chosen = sum(each.patches for each in maps), selector_note(manifest.schedule)
+        _field(console, "kept", f"{len(numbers)} of {whole} patches{_behind(manifest)}{chosen}")
+        for each in maps:
+            if len(maps) > 1:
+                _field(console, "", each.title)
+            console.print(each.text)
     runs = max(int(values["n"] or 0) for values in answer.latency_ms.values())
-    _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {answer.prompt_tokens} prompt tokens, batch 1")
+    length = f"{answer.prompt_tokens} prompt tokens"
+    if manifest.llm_tokens is not None:
+        length += f" ({answer.generation.pruned_prompt_tokens[0]} from the third layer on)"
+    _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {length}, batch 1")
     table = _table(f"milliseconds over {runs} run{'s' * (runs > 1)}", "median", "p90")
     for stage, values in answer.latency_ms.items():
         table.add_row(STAGES[stage], _milliseconds(values["median"]), _milliseconds(values["p90"]))
@@ -69,7 +81,7 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
 
 
 def pruned(console: Console, outcome: Outcome) -> None:
-    """Patches left after each pruning point, a row per picture."""
+    """Patches left after each pruning point, a row per picture; of LLaVA-NeXT one per tile."""
     result, patches = outcome.pruned, outcome.schedule.patches
     if result.trace:
         kind = outcome.schedule.kind
@@ -77,15 +89,28 @@ def pruned(console: Console, outcome: Outcome) -> None:
         if outcome.schedule.selector != FLOWCUT:
             _field(console, "selector", outcome.schedule.selector)
         table = _table("picture", "input", *[str(layer) for layer, _ in result.trace])
-        for i in range(len(result.kept)):
-            table.add_row(str(i), str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
+        for i, name in enumerate(_towers_images(result)):
+            table.add_row(name, str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
         console.print(table)
     else:
-        console.print(f"Nothing is pruned: all {patches} patches stay.")
+        console.print(f"Nothing is pruned: all {patches} patches{' of every tile' * bool(result.tilings)} stay.")
+    for i, (numbers, each) in enumerate(zip(result.merged, result.tilings, strict=True)):
+        dropped = each.tiles * outcome.schedule.tokens - len(numbers)
+        _field(console, f"{i}", f"{len(numbers)} patches of {each.tiles} tiles; {dropped} more were in the padding")
+    if outcome.llm_tokens is not None:
+        console.print(f"After its second layer the language model leaves at most {outcome.llm_tokens} of a picture's.")
     for path in outcome.written:
         _field(console, "wrote", path)
     if outcome.note:
         console.print(f"{outcome.note}: which patches are kept means nothing.")
+
+
+def _towers_images(result: Pruned) -> list[str]:
+    """A name for each image that the tower saw, short enough for a table of eleven pruning points."""
+    if not result.tilings:
+        return [str(i) for i in range(len(result.kept))]
+    grids = [[f"r{r + 1}c{c + 1}" for r in range(each.rows) for c in range(each.columns)] for each in result.tilings]
+    return [f"{i} {name}" for i, grid in enumerate(grids) for name in ("base", *grid)]
 
 
 def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
@@ -95,7 +120,7 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
     rows = {
         "model": manifest.model + (f" ({manifest.note})" if manifest.note else ""),
         "source": f"sha256 {manifest.source_sha256[:16]}.." if manifest.source_sha256 else "",
-        "visual tokens": f"{manifest.tokens} of {vision.patches} patches",
+        "visual tokens": _visual_tokens(manifest),
         "schedule": f"{manifest.schedule['kind']} {', '.join(map(str, manifest.schedule['counts']))}"
         + selector_note(manifest.schedule),
         "precision": _precision(manifest),
@@ -171,8 +196,42 @@ def _say_note(console: Console, manifest: Manifest) -> None:
         console.print(f"{manifest.note}: answers {'and kept patches ' if random else ''}mean nothing, timings do.")
 
 
-def _map(kept: list[int], grid: int, marks: str) -> Text:
-    """The picture's patches: the first mark where one was kept, the second elsewhere."""
-    marked = set(kept)
-    lines = ("".join(marks[row * grid + col not in marked] for col in range(grid)) for row in range(grid))
-    return Text("\n".join("         " + line for line in lines))
+def _visual_tokens(manifest: Manifest) -> str:
+    geometry, tokens = manifest.geometry, manifest.tokens
+    text = f"{tokens} of {geometry.vision.patches} patches"
+    if geometry.anyres:
+        text += f" of each of at most {geometry.max_tiles} tiles"
+    return text + _behind(manifest)
+
+
+def _behind(manifest: Manifest) -> str:
+    """What the language model drops."""
+    kept = manifest.llm_tokens
+    return "" if kept is None else f", at most {kept} of a picture behind the decoder's second layer"
+
+
+class _Map(NamedTuple):
+    """Patches of a picture or of a part of it, and which were kept."""
+
+    title: str
+    patches: int
+    text: Text
+
+
+def _maps(config: LlavaConfig, size: tuple[int, int], kept: list[int], marks: str) -> list[_Map]:
+    """One map of a picture; of LLaVA-NeXT's the base tile, then the grid of the others without its padding."""
+    side = config.vision.grid
+    cut = tiling(config, *size)
+    base = _map(
+        "base", {divmod(number, side) for number in kept if number < side * side}, range(side), range(side), marks
+    )
+    if cut.tiles == 1:
+        return [base]
+    inside = {divmod(number - side * side, cut.grid[1]) for number in kept if number >= side * side}
+    return [base, _map(f"{cut.rows} x {cut.columns} tiles", inside, *cut.seen, marks)]
+
+
+def _map(title: str, kept: Set[tuple[int, int]], rows: range, columns: range, marks: str) -> _Map:
+    """The first mark where a patch was kept, the second elsewhere."""
+    lines = ("".join(marks[(row, column) not in kept] for column in columns) for row in rows)
+    return _Map(title, len(rows) * len(columns), Text("\n".join("         " + line for line in lines)))

@@ -21,17 +21,22 @@ from PIL import Image
 
 from engines.backends import Backend
 from engines.loading import open_directory
-from engines.session import Array, DeviceTensor, Session, State
+from engines.pictures import Geometry, Tokens
+from engines.session import Array, DeviceTensor, Session, State, feeds_of
+from flowcut.anyres import image_slots
 from flowcut.artifacts import Manifest
+from flowcut.budget import Budget
+from flowcut.config import LlavaConfig
+from flowcut.contract import Limits, pruned_limit
 from flowcut.errors import InputError
-from flowcut.preprocess import ImageSettings, open_image, pixel_values
-from flowcut.prompt import Batch, Tokenizer, batch
+from flowcut.preprocess import ImageSettings, open_image
+from flowcut.prompt import Batch, Pruning, Tokenizer, batch
 
 Picture = Path | str | bytes | Image.Image | NDArray[np.uint8]
 """Whatever flowcut.preprocess.open_image takes."""
 Pictures = Picture | Sequence[Picture]
 """Of one prompt."""
-Tokens = NDArray[np.int64]
+Tensor = Array | DeviceTensor
 Pick = Callable[[NDArray[np.float32]], Tokens]
 """Chooses the next token of each sequence, [B], from logits [B, vocab]."""
 
@@ -42,19 +47,24 @@ class Prefill:
 
     Attributes:
         logits: [B, vocab] float32, of the token that follows each prompt.
-        kept: per prompt, per picture, the numbers of the patches kept, ascending.
+        kept: per prompt, per picture, the numbers of the patches left at the end, ascending: of LLaVA-NeXT as
+            flowcut.anyres.kept_patches numbers them, and where visual tokens are dropped inside the decoder, behind
+            that.
         lengths: [B], tokens of each prompt with its visual tokens.
+        pruned_lengths: [B], the same behind the pruning inside the decoder; `lengths` where there is none.
         latency_ms: "preprocess" (decode, resize, tokenize), "vision", "prefill", and "total" around them all.
         device_ms: "vision" and "prefill" without the copies from and to the host.
-        image_embeds: the projector's output of all pictures; state: the KV cache. Both are for decoding.
+        pictures: image_embeds, the projector's output, and for LLaVA-NeXT image_lengths of all pictures; state: the KV
+            cache. Both are for decoding.
     """
 
     logits: NDArray[np.float32]
     kept: list[list[Tokens]]
     lengths: Tokens
+    pruned_lengths: Tokens
     latency_ms: Mapping[str, float]
     device_ms: Mapping[str, float]
-    image_embeds: Array | DeviceTensor
+    pictures: Mapping[str, Tensor]
     state: State
 
 
@@ -68,6 +78,7 @@ class Generation:
         ended: whether the model ended its answer itself, rather than at max_new_tokens.
         kept: see Prefill.
         prompt_tokens: per prompt its length with its visual tokens.
+        pruned_prompt_tokens: the same behind the pruning inside the decoder.
         latency_ms: as in Prefill, then "time_to_first_token" from the call on, "decode" for all further tokens,
             "decode_per_token" for one step of the whole batch (absent where every answer ended at its first token, so
             that no step was run), and "total".
@@ -78,6 +89,7 @@ class Generation:
     ended: list[bool]
     kept: list[list[Tokens]]
     prompt_tokens: list[int]
+    pruned_prompt_tokens: list[int]
     latency_ms: Mapping[str, float]
 
 
@@ -118,6 +130,8 @@ class LlavaEngine:
         self.manifest, self.backend = manifest, backend
         self._vision, self._language = vision, language
         self._tokenizer, self._settings = tokenizer, settings
+        self._geometry = Geometry(manifest.geometry, manifest.tokens)
+        self._feeds = {spec.name: spec for spec in feeds_of(language.contract)}
 
     def prefill(self, images: Pictures | Sequence[Pictures], prompts: str | Sequence[str]) -> Prefill:
         """Read prompts with their pictures.
@@ -130,30 +144,27 @@ class LlavaEngine:
             InputError: a picture or prompt that cannot be used, or more of them than the engine was built for.
         """
         start = time.perf_counter()
-        pictures, texts = self._requests(images, prompts)
-        encoded = self._encode(pictures, texts)
-        pixels = self._pixels([picture for each in pictures for picture in each])
+        requested, texts = self._requests(images, prompts)
+        opened = [[open_image(picture) for picture in each] for each in requested]
+        encoded = self._encode(opened, texts)
+        pictures = [picture for each in opened for picture in each]
+        vision_feeds = self._geometry.feeds(pictures, self._settings, self._vision.contract) if pictures else {}
         clock = _Clock(start, "preprocess")
-        embeds, kept, vision_ms = self._see(pixels)
+        seen, places, vision_ms = self._see(vision_feeds)
         clock.stop("vision")
         state = self._language.allocate_state(len(texts))
-        feeds = {
-            "input_ids": encoded.input_ids,
-            "position_ids": encoded.position_ids,
-            "image_rows": encoded.image_rows,
-            "last_token": encoded.last_token,
-            "image_embeds": embeds,
-        }
-        result = self._language.run(feeds, state)
+        result = self._language.run(self._taken({**vars(encoded), **seen}, encoded.image_spans), state)
         clock.stop("prefill")
-        rows = iter(kept)
+        kept = iter(self._geometry.left(places, result.arrays))
+        lengths = result.arrays.get("lengths", encoded.lengths)
         return Prefill(
             logits=result.arrays["logits"],
-            kept=[[next(rows) for _ in each] for each in pictures],
-            lengths=encoded.lengths,
+            kept=[[next(kept) for _ in each] for each in opened],
+            lengths=lengths,
+            pruned_lengths=result.arrays.get("pruned_lengths", lengths),
             latency_ms=clock.finish(),
             device_ms={"vision": vision_ms, "prefill": result.device_ms},
-            image_embeds=embeds,
+            pictures=seen,
             state=state,
         )
 
@@ -185,7 +196,15 @@ class LlavaEngine:
             **({"decode_per_token": decode_ms / count} if count else {}),
             "total": (time.perf_counter() - start) * 1e3,
         }
-        return Generation(texts, answers.token_ids, answers.ended, prefill.kept, prefill.lengths.tolist(), latency_ms)
+        return Generation(
+            texts=texts,
+            token_ids=answers.token_ids,
+            ended=answers.ended,
+            kept=prefill.kept,
+            prompt_tokens=prefill.lengths.tolist(),
+            pruned_prompt_tokens=prefill.pruned_lengths.tolist(),
+            latency_ms=latency_ms,
+        )
 
     def _decode(self, prefill: Prefill, pick: Pick, count: int) -> Iterator[Tokens]:
         """`count` times the next token of every sequence, [B], computed as they are asked for.
@@ -199,12 +218,21 @@ class LlavaEngine:
             feeds = {
                 "input_ids": tokens[:, None],
                 "position_ids": (prefill.lengths + step)[:, None],
+                "pruned_position_ids": (prefill.pruned_lengths + step)[:, None],
                 "image_rows": image_rows,
                 "last_token": last_token,
-                "image_embeds": prefill.image_embeds,
+                **prefill.pictures,
             }
-            tokens = pick(self._language.run(feeds, prefill.state).arrays["logits"])
+            tokens = pick(self._language.run(self._taken(feeds), prefill.state).arrays["logits"])
             yield tokens
+
+    def _taken(self, known: Mapping[str, Tensor], spans: Array | None = None) -> dict[str, Tensor]:
+        """Of what is known, the language graph's inputs. Pictures without `spans` are in no sequence."""
+        feeds = {name: known[name] for name in self._feeds if name in known}
+        if "image_spans" in self._feeds:
+            none = np.zeros((known["image_embeds"].shape[0], 3), np.int64)
+            feeds["image_spans"] = none if spans is None or not len(spans) else spans
+        return feeds
 
     def _requests(
         self, images: Pictures | Sequence[Pictures], prompts: str | Sequence[str]
@@ -224,27 +252,25 @@ class LlavaEngine:
         self._check_count("images", sum(map(len, pictures)), limits.max_images, "images")
         return pictures, texts
 
-    def _encode(self, pictures: list[list[Picture]], prompts: list[str]) -> Batch:
-        tokens, limit = self.manifest.tokens, self.manifest.limits.max_prompt
-        pairs = zip(pictures, prompts, strict=True)
-        return batch([self._tokenizer.encode(prompt, len(each), tokens) for each, prompt in pairs], limit)
+    def _encode(self, pictures: list[list[Image.Image]], prompts: list[str]) -> Batch:
+        manifest, slots = self.manifest, image_slots(self.manifest.geometry, self.manifest.tokens)
+        encoded = [
+            self._tokenizer.encode(prompt, self._geometry.rows(each), slots)
+            for each, prompt in zip(pictures, prompts, strict=True)
+        ]
+        return batch(encoded, manifest.limits.max_prompt, pruning(manifest.geometry, manifest.budget, manifest.limits))
 
-    def _pixels(self, pictures: list[Picture]) -> Array:
-        """[images, 3, S, S] in the type that the graph takes."""
-        pixels = pixel_values([open_image(picture) for picture in pictures], self._settings)
-        return pixels.astype(self._vision.contract.inputs[0].dtype, copy=False)
+    def _see(self, feeds: Mapping[str, Array]) -> tuple[dict[str, Tensor], Tokens, float]:
+        """What of vision's outputs stays where it is, `kept` [images, slots], and the device's milliseconds."""
+        if not feeds:
+            return self._no_pictures(), np.empty((0, 0), np.int64), 0.0
+        result = self._vision.run(feeds, keep=["image_embeds", "image_lengths"])
+        return dict(result.kept), result.arrays["kept"], result.device_ms
 
-    def _see(self, pixels: Array) -> tuple[Array | DeviceTensor, Tokens, float]:
-        """image_embeds, kept [images, T] and the device's milliseconds."""
-        if not len(pixels):
-            return self._no_embeds(), np.empty((0, self.manifest.tokens), np.int64), 0.0
-        result = self._vision.run({"pixel_values": pixels}, keep=["image_embeds"])
-        return result.kept["image_embeds"], result.arrays["kept"], result.device_ms
-
-    def _no_embeds(self) -> Array:
+    def _no_pictures(self) -> dict[str, Tensor]:
         """What the language graph takes where no prompt has a picture: one that no token refers to."""
-        (spec,) = (s for s in self._language.contract.inputs if s.name == "image_embeds")
-        return np.zeros(spec.shape({"images": 1}), spec.dtype)
+        specs = (self._feeds[name] for name in ("image_embeds", "image_lengths") if name in self._feeds)
+        return {spec.name: np.zeros(spec.shape({"images": 1}), spec.dtype) for spec in specs}
 
     def _check_count(self, field: str, got: int, limit: int, option: str) -> None:
         if got > limit:
@@ -258,6 +284,13 @@ class LlavaEngine:
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= limit:
             remedy = "Ask for fewer, or rebuild the engine with --max-new-tokens."
             raise InputError(f"max_new_tokens must be in 1..{limit} (the engine's limit), got {count!r}. {remedy}")
+
+
+def pruning(config: LlavaConfig, budget: Budget, limits: Limits) -> Pruning | None:
+    """What flowcut.prompt.batch has to know of the pruning inside the decoder."""
+    if budget.llm_tokens is None:
+        return None
+    return Pruning(budget.llm_tokens, pruned_limit(config, budget.tokens, budget.llm_tokens, limits))
 
 
 def greedy(logits: NDArray[np.float32]) -> Tokens:

@@ -2,6 +2,7 @@
 
 Between two stages the hidden states stay where they are computed, in memory of their own, so that several requests may
 be on their way. All stages of an engine share one device now; with one for each, they would be copied as they go on.
+What else a stage returns is a result of the whole decoder, wherever in it the stage is.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ class Chain:
         sizes_of(self.contract, feeds, state)
         if not isinstance(state, ChainState):
             raise EngineError(f"{self.contract.name} must be run with a state that it allocated, got another's.")
-        known, device_ms = dict(feeds), 0.0
+        asked = {spec.name for spec in results_of(self.contract)}
+        known, arrays, kept, device_ms = dict(feeds), dict[str, Array](), dict[str, DeviceTensor](), 0.0
         for stage, own in zip(self.stages, state.stages, strict=True):
-            last = stage is self.stages[-1]
             wanted = {spec.name: known[spec.name] for spec in feeds_of(stage.contract)}
-            result = stage.run(wanted, own, keep if last else [spec.name for spec in results_of(stage.contract)])
-            known |= result.kept
+            results = {spec.name for spec in results_of(stage.contract)}
+            result = stage.run(wanted, own, {*keep} | (results - asked))
+            known |= {**result.arrays, **result.kept}
+            arrays |= {name: array for name, array in result.arrays.items() if name in asked}
+            kept |= {name: tensor for name, tensor in result.kept.items() if name in asked}
             device_ms += result.device_ms
-        return Result(result.arrays, result.kept, device_ms)
+        return Result(arrays, kept, device_ms)

@@ -21,7 +21,7 @@ from flowcut.errors import EngineError
 if TYPE_CHECKING:
     from engines.reference import ExportedWeights
 
-_CHECKPOINT = ("vision_tower.", "multi_modal_projector.", "language_model.")
+_CHECKPOINT = ("vision_tower.", "multi_modal_projector.", "language_model.", "image_newline")
 _POSITIONS = "position_embedding+class"
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from engines.comparison import (
     Report,
     Row,
     Tolerance,
+    jaccard,
     print_report,
     tolerance,
     vision_tolerance,
@@ -38,11 +39,14 @@ from engines.numerics import CALIBRATION, Numerics
 from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_steps, sizes_of_feeds
 from engines.session import Array, feeds_of, results_of
 from engines.stored import stored_weights, worst
+from engines.verify_inputs import Prompts, pictures, prompts, tilings, vision_inputs
+from engines.verify_rows import KEPT, decoder_values, first_finite
 from engines.widen import NOTE, widened_contract
 from flowcut.aliases import ALIASES, resolve
+from flowcut.anyres import Tiling
 from flowcut.artifacts import Manifest, check_files, read_manifest
 from flowcut.checkpoint import Weights, random_weights
-from flowcut.contract import GraphContract, TensorSpec
+from flowcut.contract import GraphContract
 from flowcut.deps import require
 from flowcut.errors import CheckpointError, ConfigError, EngineError, FlowCutError
 from flowcut.schedule import Schedule
@@ -53,8 +57,6 @@ if TYPE_CHECKING:
 __all__ = ["Report", "print_report", "verify"]
 
 LOG = logging.getLogger("flowcut.verify")
-TEXT_TOKENS, IMAGE_AT, LENGTH_STEP, DECODE_STEPS = 24, 4, 5, 3
-"""Of the prompts: text beside a picture, where it begins, by how much lengths differ, steps after the prefill."""
 STORED = 1e-6
 """Allowed for a weight in the file: none but what float32 loses on the way."""
 
@@ -113,60 +115,94 @@ class _Verification:
         if wide := [graph for graph, own in graph_precisions(manifest).items() if own == "bf16"]:
             LOG.warning("%s: %s.", ", ".join(wide), NOTE)
         self._check_files()
-        pixels = pictures(min(samples, limits.max_images), manifest.geometry.vision.image_size, seed)
-        embeds = self._vision(vision, pixels.astype(vision.inputs[0].dtype))
-        steps, lengths = prompts(manifest, embeds, min(samples, limits.max_batch), seed)
+        count, side = min(samples, limits.max_images), manifest.geometry.vision.image_size
+        cuts = tilings(manifest.geometry, count)
+        pixels = pictures(sum(each.tiles for each in cuts) or count, side, seed)
+        seen = self._vision(vision, pixels.astype(vision.inputs[0].dtype), cuts)
+        asked = prompts(manifest, seen, cuts, min(samples, limits.max_batch), seed)
         for stage in stages:
-            steps = self._language(stage, steps, lengths)
-        texts = ", ".join(map(str, lengths))
-        self.inputs = (
-            f"{len(pixels)} pictures; prompts of {texts} tokens and {len(steps) - 1} decode steps; seed {seed}"
-        )
+            asked = self._language(stage, asked)
+        texts = ", ".join(str(each + 1) for each in asked.steps[0]["last_token"])
+        tiles = f" of {', '.join(str(each.tiles) for each in cuts)} tiles" if cuts else ""
+        steps = len(asked.steps) - 1
+        self.inputs = f"{count} pictures{tiles}; prompts of {texts} tokens and {steps} decode steps; seed {seed}"
 
     def _check_files(self) -> None:
         problems = check_files(self.directory, self.manifest)
         verdict, detail = (FAILED, "; ".join(problems)) if problems else (OK, f"{len(self.manifest.files)} files")
         self.rows.append(Row("directory", "manifest", "files", "size, sha256", verdict, detail=detail))
 
-    def _vision(self, contract: GraphContract, pixels: Array) -> Array:
-        """image_embeds for the language graph: the reference's, else the first that there are."""
-        steps = [{"pixel_values": pixels}]
+    def _vision(self, contract: GraphContract, pixels: Array, cuts: Sequence[Tiling]) -> Feeds:
+        """What the language graph takes of vision's outputs: the reference's, else the first that there are."""
+        steps, geometry = [vision_inputs(self.manifest, pixels, cuts)], self.manifest.geometry
         with ExitStack() as stack:
-            torch = stack.enter_context(self._torch_vision(contract)) if self.weights else None
+            torch = stack.enter_context(self._torch_vision(contract, cuts)) if self.weights else None
             results = self._run_all(contract, steps, nullcontext(torch) if torch else None)
             lead: Lead | None = partial(torch.lead, pixels) if torch else None
-            patches = self.manifest.geometry.vision.patches
+            numbers = geometry.vision.patches
+            if geometry.anyres:  # places of the reading order, in which no tile has more than twice its patches
+                numbers *= 2 * geometry.max_tiles
             allowed = partial(vision_tolerance, self.manifest.vision_precision, self.manifest.precision)
             for judge, got, expected in _pairs(contract, results, allowed):
-                self.rows += judge.vision(got[0], expected[0], patches, lead)
-        return _first_finite(results, contract.outputs[0], [sizes_of_feeds(contract, steps[0])])[0]
+                self.rows += judge.vision(got[0], expected[0], numbers, lead)
+        wanted = [spec for spec in contract.outputs if spec.name != "kept"]
+        return first_finite(results, wanted, [sizes_of_feeds(contract, steps[0])])[0]
 
-    def _language(self, contract: GraphContract, steps: Sequence[Feeds], lengths: Array) -> list[Feeds]:
-        """Check one stage of the decoder; the inputs with its `hidden`, for the next one."""
+    def _language(self, contract: GraphContract, asked: Prompts) -> Prompts:
+        """Check one stage of the decoder; the prompts with its results, for the next one."""
         wanted = [s.name for s in feeds_of(contract)]
-        feeds = [{name: step[name] for name in wanted} for step in steps]
-        (result,) = results_of(contract)
+        feeds = [{name: step[name] for name in wanted} for step in asked.steps]
         results = self._run_all(contract, feeds, self._torch_language(contract) if self.weights else None)
         for judge, got, expected in _pairs(contract, results, partial(tolerance, self.manifest.precision)):
-            for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-                name = f"{result.name}, decode {i}" if i else f"{result.name}, prefill"
-                self.rows.append(judge.values(name, a[result.name], b[result.name]))
-            used = lengths + len(steps) - 1
-            self.rows.append(judge.values_worst("cache", _used(got[-1], used), _used(expected[-1], used)))
-        passed = _first_finite(results, result, [sizes_of_feeds(contract, step) for step in feeds])
-        return [step | {result.name: array} for step, array in zip(steps, passed, strict=True)]
+            followed = self._tokens(judge, contract, feeds, (got, expected), asked.kept)
+            if followed is not None:
+                self.rows += decoder_values(judge, contract, (got, followed), asked)
+        passed = first_finite(results, results_of(contract), [sizes_of_feeds(contract, step) for step in feeds])
+        return replace(asked, steps=[step | arrays for step, arrays in zip(asked.steps, passed, strict=True)])
 
-    def _torch_vision(self, contract: GraphContract) -> TorchVision:
+    def _tokens(
+        self,
+        judge: Judge,
+        contract: GraphContract,
+        feeds: Sequence[Feeds],
+        pair: tuple[list[Feeds], list[Feeds]],
+        counts: Array,
+    ) -> list[Feeds] | None:
+        """Compare which tokens stay inside the decoder, `counts` of each picture; what the values are to be compared
+        with: those of the reference, or, where it keeps others, torch's that keeps the same; None if there are none."""
+        got, expected = pair
+        if KEPT not in got[0]:
+            return expected
+        ours, theirs = ([row[:n] for row, n in zip(o[0][KEPT], counts, strict=True)] for o in (got, expected))
+        if any((row < 0).any() or (np.diff(row) <= 0).any() for row in ours):
+            self.rows.append(replace(judge.tokens(1.0, None), verdict=FAILED, detail="must be ascending"))
+            return None
+        agreement = jaccard(ours, theirs)
+        if agreement == 1.0 or self.weights is None:
+            self.rows.append(judge.tokens(agreement, None))
+            return expected if agreement == 1.0 else None
+        torch = self._torch_language(contract)
+        torch.follow = got[0][KEPT]
+        with torch:
+            led = run_steps(torch, contract, feeds)
+        self.rows.append(judge.tokens(agreement, torch.gap))
+        return led
+
+    def _torch_vision(self, contract: GraphContract, cuts: Sequence[Tiling]) -> TorchVision:
         from engines.reference import TorchVision
+        from engines.reference_next import TorchTiles
 
         assert self.weights is not None
-        return TorchVision(self.weights[contract.name], contract, Schedule.from_dict(self.manifest.schedule))
+        made = self.weights[contract.name], contract, Schedule.from_dict(self.manifest.schedule)
+        return TorchTiles(*made, cuts) if cuts else TorchVision(*made)
 
     def _torch_language(self, contract: GraphContract) -> Any:
         from engines.reference import TorchLanguage
+        from engines.reference_next import TorchPruning
 
         assert self.weights is not None
-        return TorchLanguage(self.weights[contract.name], contract)
+        prunes = any(spec.name == KEPT for spec in contract.outputs)
+        return (TorchPruning if prunes else TorchLanguage)(self.weights[contract.name], contract)
 
     def _run_all(
         self, contract: GraphContract, steps: Sequence[Feeds], reference: AbstractContextManager[Any] | None
@@ -239,18 +275,6 @@ def _pairs(
         yield Judge(contract.name, reference, runner, allowed(runner)), results[runner], results[reference]
 
 
-def _first_finite(
-    results: Mapping[str, list[Feeds]], spec: TensorSpec, sizes: Sequence[Mapping[str, int]]
-) -> list[Array]:
-    """An output of every step, of the first runner that has finite ones; else random numbers."""
-    for outputs in results.values():
-        arrays = [output[spec.name] for output in outputs]
-        if all(np.isfinite(array).all() for array in arrays):
-            return arrays
-    rng = np.random.default_rng(0)
-    return [rng.standard_normal(spec.shape(each)).astype(spec.dtype) for each in sizes]
-
-
 def _exported(directory: Path, manifest: Manifest, weights: Weights) -> dict[str, ExportedWeights]:
     """The tensors as each graph holds them, by its name.
 
@@ -278,58 +302,7 @@ def expected_metadata(manifest: Manifest, graph: str) -> dict[str, str]:
         "flowcut.tokens": str(manifest.tokens),
         "flowcut.schedule": json.dumps(dict(manifest.schedule), sort_keys=True),
         "flowcut.precision": graph_precisions(manifest)[graph],
-    }
-
-
-def pictures(count: int, size: int, seed: int) -> Array:
-    """Smooth seeded pixel_values with a little noise, float32 [count, 3, size, size], unit variance."""
-    rng = np.random.default_rng([seed, 0])
-    y, x = np.mgrid[0:size, 0:size] / size
-    waves = (
-        rng.uniform(-6, 6, (count, 3, 8, 2)),
-        rng.uniform(0, 2 * np.pi, (count, 3, 8)),
-        rng.normal(size=(count, 3, 8)),
-    )
-    out = 0.3 * rng.standard_normal((count, 3, size, size))
-    for i in range(8):
-        frequency, phase, height = (w[:, :, i, ..., None, None] for w in waves)
-        out += height * np.sin(2 * np.pi * (frequency[:, :, 0] * x + frequency[:, :, 1] * y) + phase)
-    scaled: Array = (out / out.std()).astype(np.float32)
-    return scaled
-
-
-def prompts(manifest: Manifest, image_embeds: Array, batch: int, seed: int) -> tuple[list[Feeds], Array]:
-    """A prefill of `batch` prompts, the first ones with a picture each, and decode steps of seeded tokens.
-
-    Returns:
-        The inputs of every step without the cache, and the prompts' lengths [batch].
-    """
-    rng, tokens, limits = np.random.default_rng([seed, 1]), manifest.tokens, manifest.limits
-    vocabulary = manifest.geometry.text.vocab_size
-    longest = min(limits.max_prompt, tokens + TEXT_TOKENS)
-    lengths = np.maximum(longest - LENGTH_STEP * np.arange(batch), 1)
-    image_rows = np.full((batch, longest), -1)
-    for i in range(min(batch, len(image_embeds))):
-        room = min(tokens, max(0, int(lengths[i]) - IMAGE_AT - 1))  # less where max_prompt is very short
-        image_rows[i, IMAGE_AT : IMAGE_AT + room] = i * tokens + np.arange(room)
-    prefill = {
-        "input_ids": rng.integers(0, vocabulary, (batch, longest)),
-        "position_ids": np.tile(np.arange(longest), (batch, 1)),
-        "image_rows": image_rows,
-        "last_token": lengths - 1,
-        "image_embeds": image_embeds,
-    }
-    decode = [
-        {
-            "input_ids": rng.integers(0, vocabulary, (batch, 1)),
-            "position_ids": (lengths + step)[:, None],
-            "image_rows": np.full((batch, 1), -1),
-            "last_token": np.zeros(batch, np.int64),
-            "image_embeds": image_embeds,
-        }
-        for step in range(min(DECODE_STEPS, limits.max_new_tokens))
-    ]
-    return [prefill, *decode], lengths
+    } | ({} if manifest.llm_tokens is None else {"flowcut.llm_tokens": str(manifest.llm_tokens)})
 
 
 def _reference_weights(manifest: Manifest, checkpoint: str | None) -> tuple[Weights | None, str]:
@@ -360,13 +333,3 @@ def _open_weights(manifest: Manifest, checkpoint: str | None) -> Weights | None:
     if manifest.source in ALIASES or Path(manifest.source).is_dir():
         return resolve(manifest.source, decoder_layers=layers).weights
     return None
-
-
-def _used(outputs: Feeds, lengths: Array) -> Feeds:
-    """The cache, with zeros in the rows that no token of a sequence has written: padding may leave anything there."""
-    used = {}
-    for name, array in outputs.items():
-        if name.startswith("present."):
-            rows = np.arange(array.shape[2]) < lengths[:, None]  # [B, C]
-            used[name] = np.where(rows[:, None, :, None], array, 0)
-    return used

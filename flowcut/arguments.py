@@ -8,7 +8,7 @@ from typing import Any, NoReturn, get_args
 
 import flowcut
 from flowcut.arguments_calibrate import add_calibrate
-from flowcut.arguments_shared import add_model, add_selector, command, tokens
+from flowcut.arguments_shared import add_llm_tokens, add_model, add_selector, command, tokens
 from flowcut.config import Precision
 
 PRECISIONS = get_args(Precision)
@@ -91,6 +91,7 @@ def _add_export(commands: Any) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add_llm_tokens(parser)
     add("--schedule", default="static", help="static, masked or a FILE.json (default: static)")
     add_selector(parser)
     add(
@@ -120,7 +121,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     add("--decoder-layers", type=int, metavar="N", help="build only the first N decoder layers (to fit memory)")
     add("--max-batch", type=int, default=4, metavar="N", help="prompts at once (default: 4)")
     add("--max-images", type=int, default=4, metavar="N", help="pictures at once, of all prompts (default: 4)")
-    add("--max-prompt", type=int, metavar="N", help="longest prompt, with its visual tokens (default: K + 192)")
+    add(
+        "--max-prompt",
+        type=int,
+        metavar="N",
+        help="longest prompt, with its visual tokens (default: those of one picture + 192)",
+    )
     add("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="the directory to write")
@@ -144,7 +150,7 @@ def _add_question(parser: argparse.ArgumentParser) -> Any:
     add = group.add_argument
     add("--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)")
     text = group.add_mutually_exclusive_group()
-    text.add_argument("--question", metavar="TEXT", help=f"put into LLaVA-1.5's template (default: {QUESTION})")
+    text.add_argument("--question", metavar="TEXT", help=f"put into the model's template (default: {QUESTION})")
     text.add_argument("--prompt", metavar="TEXT", help="taken as it is, with one <image> per picture")
     add("--answer-tokens", type=int, metavar="N", help="longest answer shown (default: 32)")
     add("--repeats", type=int, default=5, metavar="N", help="timed runs after a warm-up, for at most 20 s (default: 5)")
@@ -157,15 +163,20 @@ def _add_prune(commands: Any) -> None:
         commands,
         "prune",
         "show which patches of a picture survive",
-        "Runs the vision tower alone, in float32.",
-        "kept, counts, schedule, note and written",
+        "Runs the vision tower alone, in float32. Of LLaVA-NeXT it sees every tile, and what is kept of a picture's "
+        "tiles is put together: the budget itself is reached inside the language model, which does not run here.",
+        "kept, counts, schedule, note and written; of LLaVA-NeXT kept and grids (rows and columns of tiles) are the "
+        "pictures', counts and tile_kept the tiles', and llm_tokens is what the language model would leave of a "
+        "picture",
     )
     add_model(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)"
     )
-    source.add_argument("--pixels", type=Path, metavar="FILE.npy", help="preprocessed pixel_values [B, 3, S, S]")
+    source.add_argument(
+        "--pixels", type=Path, metavar="FILE.npy", help="LLaVA-1.5: preprocessed pixel_values [B, 3, S, S]"
+    )
     add = parser.add_argument
     add("--schedule", help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal)")
     add_selector(parser)
@@ -175,12 +186,19 @@ def _add_prune(commands: Any) -> None:
         default="torch",
         help="ort exports a graph for ONNX Runtime, which adaptive does not have (default: torch)",
     )
-    add("--out", type=Path, metavar="FILE.npz", help="write kept [B, K], counts [B, L+1] and features [B, K, hidden]")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.npz",
+        help="write kept [B, K], counts [B, L+1] and features [B, K, hidden]; of LLaVA-NeXT kept [pictures, N], which "
+        "ends in -1, grids [pictures, 2], and tile_kept [tiles, K], counts and features of the tiles",
+    )
     add(
         "--overlay",
         type=Path,
         metavar="FILE.png",
-        help="draw what is left after each pruning point; several pictures get FILE-0.png, FILE-1.png, ..",
+        help="draw what is left after each pruning point, of LLaVA-NeXT after at most four, in the base tile and in "
+        "the grid of the others; several pictures get FILE-0.png, FILE-1.png, ..",
     )
 
 
@@ -190,8 +208,8 @@ def _add_run(commands: Any) -> None:
         "run",
         "ask an engine a question about a picture",
         "Answers greedily and prints what was kept and how long each stage took.",
-        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, selector, schedule, "
-        "precision, vision_precision, backend and built_for",
+        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, llm_tokens, "
+        "selector, schedule, precision, vision_precision, backend and built_for",
     )
     _add_directory(parser)
     parser.add_argument(
@@ -211,8 +229,8 @@ def _add_eval(commands: Any) -> None:
         "count right answers to questions about rendered scenes",
         "The world of llava-tiny: six kinds of question, answered greedily; right is the exact word. A directory is "
         "asked as it was built, a checkpoint as the options say.",
-        "accuracy, n, interval, by_type, model, note, tokens, patches, selector, schedule, backend, precision, seeds, "
-        "split, scenes and seconds",
+        "accuracy, n, interval, by_type, model, note, tokens, llm_tokens, patches, selector, schedule, "
+        "backend, precision, seeds, split, scenes and seconds",
     )
     add = parser.add_argument
     add("target", metavar="ENGINE_DIR|MODEL", help="an engine directory; or llava-tiny or another checkpoint")
@@ -220,8 +238,9 @@ def _add_eval(commands: Any) -> None:
         "--tokens",
         type=tokens,
         metavar="K",
-        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches)",
+        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches, LLaVA-NeXT's 5.6%%)",
     )
+    add_llm_tokens(parser)
     add(
         "--schedule",
         help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal; static where the "

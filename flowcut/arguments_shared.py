@@ -22,7 +22,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help="llava-tiny, llava-1.5-7b, llava-1.5-13b, or a directory in the Hugging Face llava format",
+        help="llava-tiny, llava-1.5-7b, llava-1.5-13b, llava-v1.6-vicuna-7b, llava-v1.6-vicuna-13b, or a directory in "
+        "the Hugging Face llava or llava_next format",
     )
     add(
         "--weights",
@@ -35,7 +36,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=tokens,
         metavar="K",
-        help="visual tokens kept per picture, or 'all' (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576)",
+        help="visual tokens kept per picture, or 'all'; of LLaVA-NeXT half as many of each tile, then as many inside "
+        "the language model (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576; 160 of LLaVA-NeXT's 2880)",
+    )
+
+
+def add_llm_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--llm-tokens",
+        type=int,
+        metavar="N",
+        help="LLaVA-1.5: of these, visual tokens kept inside the language model after its second layer (default: all)",
     )
 
 

@@ -18,11 +18,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import flowcut
 from flowcut.atomic import check_space as check_space
 from flowcut.atomic import replacing
+from flowcut.budget import Budget, check_budget
 from flowcut.config import LlavaConfig, Precision
 from flowcut.contract import Limits, stage_names
 from flowcut.errors import ConfigError, EngineError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 _DISTRIBUTIONS = (
     *("numpy", "tokenizers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu"),
@@ -49,6 +50,8 @@ class Manifest:
     """What an engine directory is, what it was made from, and every file in it but manifest.json itself.
 
     source is the alias or directory of the checkpoint: a hint, to be checked by source_sha256.
+    tokens are kept of each image that the tower sees, a picture or a tile of LLaVA-NeXT's; llm_tokens of each picture
+    inside the language model, null where nothing is dropped there.
     precision is the decoder's, stages the number of graphs it is split into; calibration says which one int4 or fp8 was
     given (its copy is in the directory) and is empty where none was used.
     source_sha256 identifies the weights, seed is that of random ones; note is for people; schedule is the pruning
@@ -63,6 +66,7 @@ class Manifest:
     source_sha256: str
     geometry: LlavaConfig
     tokens: int
+    llm_tokens: int | None
     schedule: Mapping[str, Any]
     precision: Precision
     vision_precision: Precision
@@ -83,10 +87,18 @@ class Manifest:
             raise ConfigError(f"schema must be {SCHEMA}, got {self.schema}.")
         if not 1 <= self.tokens <= self.geometry.vision.patches:
             raise ConfigError(f"tokens must be in 1..{self.geometry.vision.patches}, got {self.tokens}.")
+        if self.llm_tokens is not None and self.llm_tokens < 1:
+            raise ConfigError(f"llm_tokens must be at least 1 or null, got {self.llm_tokens}.")
+        check_budget(self.geometry, self.budget)
         if not 1 <= self.stages <= self.geometry.text.num_hidden_layers:
             raise ConfigError(f"stages must be in 1..{self.geometry.text.num_hidden_layers}, got {self.stages}.")
         if self.backend == "ort" and self.compute_capabilities:
             raise ConfigError(f"compute_capabilities must be empty for ort, got {list(self.compute_capabilities)}.")
+
+    @property
+    def budget(self) -> Budget:
+        """Visual tokens kept."""
+        return Budget(self.tokens, self.llm_tokens)
 
     @property
     def graphs(self) -> tuple[str, ...]:

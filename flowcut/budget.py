@@ -1,7 +1,7 @@
 """How many visual tokens are left where: in the encoder, and after the second layer of the decoder.
 
 LLaVA-1.5 prunes in the encoder; with `--llm-tokens` again inside the language model. LLaVA-NeXT's one number is the
-whole picture's budget: half of it is kept of every tile, all of it inside the language model (docs/algorithm.md 4).
+whole picture's budget: half of it is kept of every tile, all of it inside the language model (docs/algorithm.md 5).
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ class Budget:
 
     def label(self, config: LlavaConfig) -> str:
         """For the names of directories: "64", "192to64", and the whole picture's for LLaVA-NeXT."""
-        if config.anyres:
-            return str(self.llm_tokens or self.tokens * config.max_tiles)
-        return str(self.tokens) if self.llm_tokens is None else f"{self.tokens}to{self.llm_tokens}"
+        if config.anyres or self.llm_tokens is None:
+            return str(self.asked(config))
+        return f"{self.tokens}to{self.llm_tokens}"
+
+    def asked(self, config: LlavaConfig) -> int:
+        """The number that --tokens gives: a picture's, for LLaVA-NeXT that of all its tiles."""
+        return (self.llm_tokens or self.tokens * config.max_tiles) if config.anyres else self.tokens
 
 
 def make_budget(

@@ -95,6 +95,7 @@ def _engine(arguments: argparse.Namespace) -> Result:
         random=arguments.weights == "random",
         seed=arguments.seed,
         tokens=arguments.tokens,
+        llm_tokens=arguments.llm_tokens,
         schedule=arguments.schedule,
         selector=arguments.selector,
         precision=arguments.precision,
@@ -139,13 +140,11 @@ def _run(arguments: argparse.Namespace) -> Result:
 def _question(arguments: argparse.Namespace) -> Question:
     """What the user asks, checked before anything is built or loaded."""
     from engines.ask import Question
-    from flowcut.prompt import question_prompt
 
-    images = tuple(arguments.image or [SCENE])
-    prompt = arguments.prompt
-    if prompt is None:
-        prompt = question_prompt(QUESTION if arguments.question is None else arguments.question, len(images))
-    question = Question(images, prompt, arguments.answer_tokens, arguments.repeats)
+    images, template = tuple(arguments.image or [SCENE]), arguments.prompt is None
+    asked = QUESTION if arguments.question is None else arguments.question
+    text = asked if template else arguments.prompt
+    question = Question(images, text, arguments.answer_tokens, arguments.repeats, template)
     question.check()
     return question
 
@@ -194,6 +193,7 @@ def _eval(arguments: argparse.Namespace) -> Result:
     settings = EvalSettings(
         target=arguments.target,
         tokens=arguments.tokens,
+        llm_tokens=arguments.llm_tokens,
         schedule=arguments.schedule,
         selector=arguments.selector,
         backend=arguments.backend,
@@ -246,6 +246,7 @@ def _calibrate_quantize(arguments: argparse.Namespace) -> Result:
         random=arguments.weights == "random",
         seed=arguments.seed,
         tokens=arguments.tokens,
+        llm_tokens=arguments.llm_tokens,
         schedule=arguments.schedule,
         precision=arguments.precision,
         questions=tuple(arguments.question),

@@ -16,14 +16,38 @@ from numpy.typing import NDArray
 from flowcut.errors import CheckpointError, InputError
 
 IMAGE = "<image>"
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+"""What LLaVA-NeXT's conversations begin with. LLaVA-1.5's on the Hub leave it out."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One prompt, its visual tokens counted. image_rows: row among the prompt's visual tokens, -1 for text."""
+    """One prompt, its visual tokens counted.
+
+    image_rows: row of the prompt's pictures, one after the other, each of `slots` rows; -1 for text.
+    spans: per picture its first place in the prompt, and how many follow from there.
+    """
 
     input_ids: NDArray[np.int64]  # [n]
     image_rows: NDArray[np.int64]  # [n]
+    spans: NDArray[np.int64]  # [images, 2]
+    slots: int
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What becomes of visual tokens inside the language model.
+
+    Attributes:
+        llm_tokens: those that each picture keeps at most.
+        limit: longest prompt behind it (flowcut.contract.pruned_limit).
+    """
+
+    llm_tokens: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -32,9 +56,11 @@ class Batch:
 
     input_ids: NDArray[np.int64]  # [B, S]
     position_ids: NDArray[np.int64]  # [B, S]: 0..S-1 in every row, over padding too
-    image_rows: NDArray[np.int64]  # [B, S]: row among the visual tokens of the whole batch, -1 for text and padding
+    image_rows: NDArray[np.int64]  # [B, S]: row of all pictures of the batch, `slots` each; -1 for text and padding
     last_token: NDArray[np.int64]  # [B]
     lengths: NDArray[np.int64]  # [B]
+    image_spans: NDArray[np.int64]  # [images, 3]: sequence, first place, places
+    pruned_position_ids: NDArray[np.int64]  # [B, S2]: as position_ids, for the prompts behind the pruning
 
 
 class Tokenizer:
@@ -66,25 +92,32 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} must be a readable text file, got: {error}.") from None
 
-    def encode(self, prompt: str, images: int, tokens_per_image: int) -> Encoded:
-        """Token ids of a prompt, each `<image>` widened to `tokens_per_image` visual tokens.
+    def encode(self, prompt: str, rows: Sequence[int], slots: int) -> Encoded:
+        """Token ids of a prompt, each `<image>` widened to the visual tokens of its picture.
+
+        Args:
+            rows: visual tokens of each picture.
+            slots: rows of a picture in image_embeds, of which the first `rows` are used.
 
         Raises:
-            InputError: not text, empty, or with more or fewer `<image>` places than `images`.
+            InputError: not text, empty, or with more or fewer `<image>` places than pictures.
         """
         ids = np.array(self._tokenizer.encode(_text(prompt)).ids, dtype=np.int64)
         is_image = ids == self._image_id
-        if is_image.sum() != images:
+        if is_image.sum() != len(rows):
             raise InputError(
-                f"prompt must have one {IMAGE} for each image ({images}), got {is_image.sum()}. "
-                f"Write it like {question_prompt('What is this?', images)!r}."
+                f"prompt must have one {IMAGE} for each image ({len(rows)}), got {is_image.sum()}. "
+                f"Write it like {question_prompt('What is this?', len(rows))!r}."
             )
-        repeats = np.where(is_image, tokens_per_image, 1)
-        ids, is_image = np.repeat(ids, repeats), np.repeat(is_image, repeats)
-        return Encoded(
-            input_ids=np.where(is_image, self.image_token_id, ids),
-            image_rows=np.where(is_image, np.cumsum(is_image) - 1, -1),
-        )
+        counts = np.array(rows, np.int64)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_image] = counts
+        first = (np.cumsum(repeats) - repeats)[is_image]
+        image_rows = np.full(int(repeats.sum()), -1, np.int64)
+        for i, (start, count) in enumerate(zip(first, counts, strict=True)):
+            image_rows[start : start + count] = i * slots + np.arange(count)
+        input_ids = np.where(image_rows < 0, np.repeat(ids, repeats), self.image_token_id)
+        return Encoded(input_ids, image_rows, np.stack([first, counts], 1), slots)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; ids that the tokenizer does not have are left out."""
@@ -103,11 +136,11 @@ class Tokenizer:
             )
 
 
-def batch(encoded: Sequence[Encoded], limit: int) -> Batch:
+def batch(encoded: Sequence[Encoded], limit: int, pruning: Pruning | None = None) -> Batch:
     """Prompts side by side, their images numbered through: those of the first prompt, then of the second, ..
 
     Raises:
-        InputError: no prompt, or one of more than `limit` tokens.
+        InputError: no prompt, or one of more than `limit` tokens, or than `pruning` allows.
     """
     if not encoded:
         raise InputError("prompts must be at least one, got 0.")
@@ -116,19 +149,48 @@ def batch(encoded: Sequence[Encoded], limit: int) -> Batch:
         _check_length(index, prompt, limit)
     shape = (len(encoded), int(lengths.max()))
     input_ids, image_rows = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
-    first_row = 0
+    first_row, spans = 0, [np.empty((0, 3), np.int64)]
     for row, (prompt, length) in enumerate(zip(encoded, lengths, strict=True)):
-        is_image = prompt.image_rows >= 0
         input_ids[row, :length] = prompt.input_ids
-        image_rows[row, :length] = np.where(is_image, prompt.image_rows + first_row, -1)
-        first_row += int(is_image.sum())
-    position_ids = np.tile(np.arange(shape[1], dtype=np.int64), (shape[0], 1))
-    return Batch(input_ids, position_ids, image_rows, last_token=lengths - 1, lengths=lengths)
+        image_rows[row, :length] = np.where(prompt.image_rows >= 0, prompt.image_rows + first_row, -1)
+        first_row += len(prompt.spans) * prompt.slots
+        spans.append(np.insert(prompt.spans, 0, row, axis=1))
+    return Batch(
+        input_ids,
+        _positions(*shape),
+        image_rows,
+        last_token=lengths - 1,
+        lengths=lengths,
+        image_spans=np.concatenate(spans),
+        pruned_position_ids=_positions(shape[0], _longest_pruned(encoded, limit, pruning)),
+    )
 
 
-def question_prompt(question: str, images: int = 1) -> str:
-    """A question in LLaVA-1.5's conversation template, the images before it."""
-    return "USER: " + f"{IMAGE}\n" * images + f"{question} ASSISTANT:"
+def _longest_pruned(encoded: Sequence[Encoded], limit: int, pruning: Pruning | None) -> int:
+    """Tokens of the longest prompt once each picture has at most `llm_tokens`."""
+    if pruning is None:
+        return max(len(prompt.input_ids) for prompt in encoded)
+    lengths = []
+    for index, prompt in enumerate(encoded):
+        dropped = np.maximum(prompt.spans[:, 1] - pruning.llm_tokens, 0).sum()
+        lengths.append(len(prompt.input_ids) - int(dropped))
+        if lengths[-1] > pruning.limit:
+            raise InputError(
+                f"prompt {index} must have at most {pruning.limit} tokens where each picture's are cut to "
+                f"{pruning.llm_tokens} inside the language model, got {lengths[-1]}. Shorten its text, or rebuild the "
+                f"engine with --max-prompt {limit + lengths[-1] - pruning.limit}."
+            )
+    return max(lengths)
+
+
+def _positions(batch: int, length: int) -> NDArray[np.int64]:
+    """0..length-1 for every sequence."""
+    return np.tile(np.arange(length, dtype=np.int64), (batch, 1))
+
+
+def question_prompt(question: str, images: int = 1, anyres: bool = False) -> str:
+    """A question in the conversation template of LLaVA-1.5, or of LLaVA-NeXT on Vicuna, the images before it."""
+    return (SYSTEM if anyres else "") + "USER: " + f"{IMAGE}\n" * images + f"{question} ASSISTANT:"
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Tests use small matrices, over which many threads only fight. Set before torch, numpy or ONNX Runtime start theirs.
-_BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(4, (os.cpu_count() or 1) // _BESIDE))))
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+)
 
 import numpy as np
 import pytest

@@ -19,6 +19,7 @@ import pytest
 import skimage.data
 import torch
 from conftest import WriteCheckpoint
+from next_checkpoint import write_next
 from PIL import Image
 from references import relative_error
 from rich.progress import Progress
@@ -122,7 +123,7 @@ class Eager:
     def answer(self, picture: Any, schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Logits after the prompt [V], kept [T] and the likeliest tokens, decoded with the cache."""
         embeds, kept = self.vision(self.pixels([picture]), schedule)
-        encoded = self.tokenizer.encode(QUESTION, 1, schedule.tokens)
+        encoded = self.tokenizer.encode(QUESTION, [schedule.tokens], schedule.tokens)
         length = len(encoded.input_ids)
         cache = KVCache.allocate(self.language.config, 1, length + steps)
         ids, rows = (torch.from_numpy(a)[None] for a in (encoded.input_ids, encoded.image_rows))
@@ -162,7 +163,7 @@ def _ask_transformers(directory: Path, eager: Eager) -> Theirs:
     model = transformers.LlavaForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    encoded = eager.tokenizer.encode(QUESTION, 1, eager.model.config.vision.patches)
+    encoded = eager.tokenizer.encode(QUESTION, [patches := eager.model.config.vision.patches], patches)
     ids = torch.from_numpy(encoded.input_ids)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": eager.pixels([photograph()])}
     logits = model(**inputs).logits[0].numpy()
@@ -240,7 +241,7 @@ def test_decoding_with_the_cache_equals_prefilling_the_longer_prompt(
     session, tokens = ours._language, ours.manifest.tokens
     answer = ours.generate(photograph(), QUESTION, 12).token_ids[0]
     embeds = ours.prefill(photograph(), QUESTION).image_embeds
-    prompt = encode(QUESTION, 1, tokens)
+    prompt = encode(QUESTION, [tokens], tokens)
     for n in range(1, len(answer)):
         ids = np.concatenate([prompt.input_ids, answer[:n]])[None]
         rows = np.concatenate([prompt.image_rows, np.full(n, -1)])[None]
@@ -301,6 +302,23 @@ def test_onnx_runtime_runs_the_very_files_that_were_compiled(build: Build) -> No
             bytes_of[tensor.data_type] += int(np.prod(tensor.dims))
         assert bytes_of[onnx.TensorProto.FLOAT16] > 0.9 * bytes_of.total()
         assert report.engine_bytes == (directory / f"{graph}.engine").stat().st_size > report.weight_bytes
+
+
+@pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
+@pytest.mark.parametrize("which", ["LLaVA-NeXT", "LLaVA-1.5"])
+def test_engines_that_drop_tokens_inside_the_decoder_compile(
+    which: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    if which == "LLaVA-NeXT":
+        settings: dict[str, Any] = {"model": str(write_next(directories["seeded"], tmp_path / "next")), "tokens": 24}
+    else:
+        settings = {"model": "llava-tiny", "tokens": 48, "llm_tokens": 16}
+    built = build_directory(BuildSettings(backend="rtx", out_root=tmp_path, **settings), Progress(disable=True))
+    assert built.reports.keys() == {"vision", "language"}
+    assert check_files(built.directory, read_manifest(built.directory)) == []
+    prefill = load_engine(built.directory, "ort").prefill(photograph(), QUESTION)
+    assert len(prefill.kept[0][0]) == built.manifest.llm_tokens
+    assert prefill.pruned_lengths[0] < prefill.lengths[0]
 
 
 @pytest.mark.skipif(gpu_present(), reason="there is a GPU here")

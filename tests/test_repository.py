@@ -20,13 +20,16 @@ FILES = {
     *(".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"),
 }
 # Modules that are torch code, or code that writes ONNX, and what they may import at the top.
-TORCH_CODE = {f"flowcut.{name}" for name in ("language", "loading", "pruner", "scoring", "vision")}
+TORCH_CODE = {f"flowcut.{name}" for name in ("language", "language_pruning", "loading", "packing", "pruner")}
+TORCH_CODE |= {"flowcut.scoring", "flowcut.vision"}
 TORCH_CODE |= {f"flowcut.tiny.{name}" for name in ("decoder", "decoder_lesson", "tower", "tower_lesson", "training")}
-TORCH_CODE |= {*(f"calib.{name}" for name in ("awq", "inputs", "measure", "tower")), "engines.evaluate_torch"}
+TORCH_CODE |= {f"calib.{name}" for name in ("awq", "inputs", "measure", "tower")}
+TORCH_CODE |= {"engines.evaluate_one_by_one", "engines.evaluate_torch"}
 MAY_NEED = {name: {"torch", "triton"} for name in TORCH_CODE}
-ONNX_CODE = {f"export.{name}" for name in ("builder", "flow_score", "language", "linear", "pruning", "vision")}
+ONNX_CODE = {f"export.{name}" for name in ("builder", "flow_score", "language", "language_pruning", "linear")}
+ONNX_CODE |= {f"export.{name}" for name in ("packing", "pruning", "vision")}
 MAY_NEED |= {name: {"onnx", "onnx_ir", "ml_dtypes"} for name in ONNX_CODE}
-MAY_NEED |= {"engines.reference": {"torch", "triton", "polygraphy"}}
+MAY_NEED |= {name: {"torch", "triton", "polygraphy"} for name in ("engines.reference", "engines.reference_next")}
 MAY_NEED |= {"engines.flow_score.kernel": {"triton"}}
 MAY_NEED |= {"flowcut.tiny.stages": {"torch", "triton", "safetensors"}}
 OPTIONAL = (
@@ -130,7 +133,7 @@ def test_make_help_documents_every_variable_and_target() -> None:
     variables = re.findall(r"^([A-Z_]+) +=", text, re.MULTILINE)
     targets = re.search(r"^\.PHONY: help (.*)$", text, re.MULTILINE)
     assert targets is not None
-    assert len(variables) == 17
+    assert len(variables) == 18
     assert [v for v in variables if f"\n  {v}=" not in printed] == []
     assert [t for t in targets[1].split() if f"make {t}" not in printed] == []
 
@@ -138,14 +141,15 @@ def test_make_help_documents_every_variable_and_target() -> None:
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_engine_passes_every_variable_on() -> None:
     settings = ["MODEL=m", "WEIGHTS=random", "TOKENS=9", "SCHEDULE=s.json", "PRECISION=fp32", "BACKEND=ort"]
-    settings += ["VISION_PRECISION=fp16", "STAGES=2", "CALIBRATION=a b"]
+    settings += ["VISION_PRECISION=fp16", "STAGES=2", "CALIBRATION=a b", "LLM_TOKENS=5"]
     settings += ["SELECTOR=cls", "DECODER_LAYERS=3", "ARGS=--force", "IMAGE=a b", "QUESTION=what's"]
     command = ["make", "-n", "engine", *settings]
     outer = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # these tests may run under make
     printed = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, check=True).stdout
     recipe = " ".join(printed.partition("flowcut engine")[2].replace("\\\n", " ").split())
     assert recipe == (
-        '"$FLOWCUT_MODEL" --weights random --tokens 9 --schedule "$FLOWCUT_SCHEDULE" --selector "$FLOWCUT_SELECTOR" '
+        '"$FLOWCUT_MODEL" --weights random --tokens 9 --llm-tokens 5 --schedule "$FLOWCUT_SCHEDULE" '
+        '--selector "$FLOWCUT_SELECTOR" '
         "--precision fp32 --backend ort --vision-precision fp16 --stages 2 "
         '${FLOWCUT_CALIBRATION:+--calibration "$FLOWCUT_CALIBRATION"} --decoder-layers 3 --out-root build --ask '
         '${FLOWCUT_IMAGE:+--image "$FLOWCUT_IMAGE"} '

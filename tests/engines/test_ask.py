@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,8 +14,11 @@ from PIL import Image
 from engines import ask as module
 from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
 from engines.runtime import Generation, LlavaEngine
+from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError, InputError
 from flowcut.prompt import question_prompt
+
+CONFIG = LlavaConfig(VisionConfig(), TextConfig(vocab_size=32064))
 
 
 class Engine:
@@ -22,14 +26,14 @@ class Engine:
 
     def __init__(self, limit: int = 64, absent: tuple[str, ...] = ()) -> None:
         self.absent = absent
-        self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit))
+        self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit), geometry=CONFIG)
         self.calls: list[tuple[list[Path], str, int]] = []
 
     def generate(self, images: Any, prompt: str, max_new_tokens: int) -> Generation:
         self.calls.append((images, prompt, max_new_tokens))
         n = len(self.calls)
         latency = {stage: 10.0 * n for stage in (*STAGES, "total") if stage not in self.absent}
-        return Generation([f"answer {n}"], [[1] * max_new_tokens], [False], [[np.arange(3)]], [40 + n], latency)
+        return Generation([f"answer {n}"], [[1] * max_new_tokens], [False], [[np.arange(3)]], [40 + n], [40], latency)
 
 
 def asked(engine: Engine, question: Question) -> module.Answer:
@@ -66,6 +70,14 @@ def test_answers_are_no_longer_than_the_engine_allows() -> None:
         Question((), "p", 9).new_tokens(8)
 
 
+def test_a_question_is_put_into_the_template_of_the_model() -> None:
+    images, anyres = (Path("a.png"), Path("b.png")), replace(CONFIG, grid_pinpoints=((672, 336),))
+    assert Question(images, "Why?", template=True).prompt(CONFIG) == question_prompt("Why?", 2)
+    assert Question(images, "Why?", template=True).prompt(anyres) == question_prompt("Why?", 2, anyres=True)
+    assert question_prompt("Why?", 2, anyres=True) != question_prompt("Why?", 2)
+    assert Question(images, "<image><image>").prompt(anyres) == "<image><image>"
+
+
 @pytest.mark.parametrize(("field", "value"), [("repeats", 0), ("answer_tokens", 0), ("answer_tokens", -1)])
 def test_counts_must_be_positive(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be at least 1, got {value}"):
@@ -78,5 +90,8 @@ def test_pictures_and_places_are_counted_beforehand(tmp_path: Path) -> None:
     Question((path, path), question_prompt("Why?", 2)).check()
     with pytest.raises(InputError, match=r"one <image> for each image \(2\), got 1"):
         Question((path, path), question_prompt("Why?", 1)).check()
+    Question((path, path), "Why?", template=True).check()
+    with pytest.raises(InputError, match=r"one <image> for each image \(1\), got 2"):
+        Question((path,), "<image> Why?", template=True).check()
     with pytest.raises(InputError, match="must be an existing file"):
         Question((tmp_path / "b.png",), question_prompt("Why?")).check()

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from conftest import WriteCheckpoint
+from next_checkpoint import write_next
 from rich.progress import Progress
 
 from engines import pipeline
 from engines.build import BuildReport
-from engines.pipeline import BuildSettings, Built, build_directory, token_count
+from engines.pipeline import BuildSettings, Built, build_directory
 from engines.runtime import load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
@@ -31,6 +33,12 @@ Compiled = list[tuple[Path, GraphContract, str, tuple[str, ...]]]
 
 def build(out: Path, settings: BuildSettings = TINY, **changes: Any) -> Built:
     return build_directory(replace(settings, out=out, **changes), Progress(disable=True))
+
+
+@pytest.fixture(scope="module")
+def next_checkpoint(checkpoint: WriteCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-NeXT."""
+    return write_next(checkpoint("tiny"), tmp_path_factory.mktemp("next") / "checkpoint")
 
 
 @pytest.fixture
@@ -63,6 +71,69 @@ def test_directory_is_named_after_a_selector_that_is_not_flowcut(tmp_path: Path,
     assert built.manifest.schedule["selector"] == name
     kept = load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", 1).kept[0][0]
     assert len(kept) == 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"model": "NEXT", "tokens": 24}, "checkpoint-24-fp16-ort"),
+        ({"model": "NEXT", "tokens": "all"}, "checkpoint-320-fp16-ort"),
+        ({"model": "NEXT"}, "checkpoint-18-fp16-ort"),  # 5.6% of 5 * 64
+        ({"tokens": 48, "llm_tokens": 16}, "llava-tiny-48to16-fp16-ort"),
+    ],
+)
+def test_directory_is_named_after_the_picture_s_tokens(
+    tmp_path: Path, next_checkpoint: Path, settings: dict[str, Any], name: str
+) -> None:
+    settings = settings | ({"model": str(next_checkpoint)} if settings.get("model") == "NEXT" else {})
+    built = build_directory(replace(TINY, out_root=tmp_path, **settings), Progress(disable=True))
+    assert built.directory.name == name
+    prefill = load_engine(built.directory).prefill(np.zeros((9, 9, 3), np.uint8), "<image>")
+    assert len(prefill.kept[0]) == 1
+
+
+def test_a_directory_says_what_is_dropped_inside_the_decoder(tmp_path: Path, next_checkpoint: Path) -> None:
+    built = build(tmp_path / "e", model=str(next_checkpoint), tokens=24, stages=2)
+    manifest = built.manifest
+    assert (manifest.tokens, manifest.llm_tokens, manifest.schedule["tokens"]) == (12, 24, 12)
+    assert manifest.geometry.grid_pinpoints == resolve(str(next_checkpoint)).config.grid_pinpoints
+    assert manifest.limits.max_prompt == 5 * 12 + 1 + 192
+    assert read_manifest(tmp_path / "e") == manifest
+    for graph in manifest.graphs:
+        model = onnx.load(tmp_path / "e" / f"{graph}.onnx", load_external_data=False)
+        assert {p.key: p.value for p in model.metadata_props}["flowcut.llm_tokens"] == "24"
+    other = build(tmp_path / "f", tokens=24).manifest
+    assert other.llm_tokens is None
+    model = onnx.load(tmp_path / "f" / "language.onnx", load_external_data=False)
+    assert "flowcut.llm_tokens" not in {p.key for p in model.metadata_props}
+
+
+@pytest.mark.parametrize(
+    ("alias", "tokens", "prompt"),
+    [
+        ("llava-v1.6-vicuna-7b", None, 401 + 192),
+        ("llava-v1.6-vicuna-7b", 160, 401 + 192),
+        ("llava-v1.6-vicuna-7b", "all", 2952 + 192),
+        ("llava-1.5-7b", None, 64 + 192),
+    ],
+)
+def test_a_prompt_has_room_for_all_rows_of_a_picture(
+    tmp_path: Path, alias: str, tokens: Any, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(target: Path) -> None:
+        raise Enough
+
+    seen: list[Limits] = []
+    monkeypatch.setattr(pipeline, "check_replaceable", stop)
+    settings = BuildSettings(alias, random=True, tokens=tokens, backend="ort", out_root=tmp_path)
+    with pytest.raises(Enough):
+        build_directory(
+            settings, Progress(disable=True), lambda _tokenizer, _config, _budget, limits: seen.append(limits)
+        )
+    assert [limits.max_prompt for limits in seen] == [prompt]
 
 
 def test_manifest_and_graphs_say_what_they_were_made_from(tmp_path: Path) -> None:
@@ -193,11 +264,6 @@ def test_prompt_fits_the_positions_that_the_answer_leaves(changes: dict[str, Any
 def test_lengths_beyond_the_positions_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pipeline._limits(replace(TINY, **changes), 4096, 16)
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(None, 64), ("all", 576), (7, 7)])
-def test_tokens_by_default_are_a_ninth(tokens: int | str | None, expected: int) -> None:
-    assert token_count(tokens, 576) == expected
 
 
 def test_progress_names_the_graph_being_written(tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ from rich.progress import Progress
 from engines.prune import (
     Pruned,
     PruneSettings,
-    output_paths,
     overlays,
     prune,
     prune_ort,
     prune_torch,
-    read_pixels,
-    write_outputs,
 )
+from engines.prune_files import output_paths, read_pixels, write_outputs
 from flowcut.aliases import Model, resolve
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings
@@ -111,8 +109,9 @@ def test_written_files_hold_what_was_given(tmp_path: Path, model: Model, pixels:
     pages = overlays(pruned, pixels[:1], ImageSettings.from_directory(model.files, 168), 12)
     out, page = tmp_path / "a.npz", tmp_path / "a.png"
     out.write_text("old")
-    assert write_outputs(pruned, pages, ([out], [page])) == [str(out), str(page)]
+    assert write_outputs(pruned.arrays(), pages, ([out], [page])) == [str(out), str(page)]
     with np.load(out) as data:
+        assert sorted(data.files) == ["counts", "features", "kept"]
         np.testing.assert_array_equal(data["kept"], kept)
         np.testing.assert_array_equal(data["counts"], counts)
         assert data["features"].shape == (1, 2, 128)

@@ -8,15 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
+from tiny_engine import write_engine
 
-from engines import report
-from engines.ask import STAGES, Answer, Question, Summary
+from engines import load_engine, report
+from engines.ask import STAGES, Answer, Question, Summary, ask
 from engines.prune import Outcome, Pruned
 from engines.runtime import Generation
 from flowcut.aliases import ASSETS
-from flowcut.config import LlavaConfig
+from flowcut.artifacts import read_manifest
+from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.schedule import make_schedule, pruning_points
+
+
+def geometry(alias: str) -> LlavaConfig:
+    return LlavaConfig.from_file(ASSETS / alias / "config.json")
 
 
 @pytest.fixture
@@ -51,13 +58,62 @@ def test_long_paths_are_not_broken(console: Console) -> None:
 def test_a_stage_without_a_run_is_a_dash(console: Console) -> None:
     latency: dict[str, Summary] = {stage: {"median": 1.5, "p90": 2.25, "n": 3} for stage in STAGES}
     latency["decode_per_token"] = {"median": None, "p90": None, "n": 0}
-    answer = Answer(Generation([""], [[]], [True], [[]], [7], {}), 7, latency)
-    engine = cast(Any, SimpleNamespace(backend="ort", manifest=SimpleNamespace(backend="ort", note="")))
+    answer = Answer(Generation([""], [[]], [True], [[]], [7], [7], {}), 7, latency)
+    manifest = SimpleNamespace(backend="ort", note="", llm_tokens=None, geometry=geometry("llava-tiny"))
+    engine = cast(Any, SimpleNamespace(backend="ort", manifest=manifest))
     report.answered(console, engine, Question((), "p"), answer)
     lines = console.export_text().splitlines()
     assert any(line.split() == ["milliseconds", "over", "3", "runs", "median", "p90"] for line in lines)
     assert lines[-2].split() == ["time", "to", "first", "token", "1.50", "2.25"]
     assert lines[-1].split() == ["each", "further", "token", "-", "-"]
+
+
+def kept_lines(console: Console, config: LlavaConfig, size: tuple[int, int], kept: list[int]) -> list[str]:
+    """What is printed of one picture: the titles and the maps."""
+    maps = report._maps(config, size, kept, "#.")
+    for each in maps:
+        console.print(each.title)
+        console.print(each.text)
+    assert sum(each.patches for each in maps) == sum(
+        len(line.strip()) for each in maps for line in str(each.text).split()
+    )
+    return [line.strip() for line in console.export_text().splitlines()]
+
+
+def test_a_picture_of_llava_next_is_shown_as_base_and_grid(console: Console) -> None:
+    """Numbers of the grid count its rows with the padding, which is not shown."""
+    vision = VisionConfig(image_size=4, patch_size=1, hidden_size=16, num_hidden_layers=3)
+    config = LlavaConfig(vision, TextConfig(vocab_size=32064), grid_pinpoints=((4, 8),))
+    grid = [16 + row * 8 + column for row, column in ((1, 0), (2, 7), (2, 3))]  # rows 0 and 3 are padding
+    assert kept_lines(console, config, (80, 20), [0, 15, *grid]) == [
+        *("base", "#...", "....", "....", "...#"),
+        *("1 x 2 tiles", "#.......", "...#...#"),
+    ]
+
+
+def test_a_lone_tile_is_one_map(console: Console) -> None:
+    vision = VisionConfig(image_size=4, patch_size=2, hidden_size=16, num_hidden_layers=3)
+    for pinpoints in (None, ()):
+        config = LlavaConfig(vision, TextConfig(vocab_size=32064), grid_pinpoints=pinpoints)
+        assert kept_lines(console, config, (80, 20), [1, 2]) == ["base", ".#", "#."]
+
+
+def test_what_is_dropped_inside_the_decoder_is_said(console: Console, tmp_path: Path) -> None:
+    tiny = write_engine(tmp_path / "e", tokens=48, llm_tokens=16)
+    manifest = read_manifest(tiny.directory)
+    report.inspected(console, tiny.directory, manifest)
+    wide = console.export_text(clear=False)
+    assert "48 of 144 patches, at most 16 of a picture behind" in wide
+    image = tmp_path / "a.png"
+    Image.new("RGB", (50, 40), "red").save(image)
+    question = Question((image,), "Why?", 2, 1, template=True)
+    answer = ask(load_engine(tiny.directory), question)
+    report.answered(console, load_engine(tiny.directory), question, answer)
+    text = console.export_text()
+    assert "kept     16 of 144 patches, at most 16 of a picture behind the decoder's second layer" in text
+    assert f"{answer.prompt_tokens} prompt tokens ({answer.prompt_tokens - 32} from the third layer on)" in text
+    said = answer.to_dict(load_engine(tiny.directory))
+    assert (said["tokens"], said["llm_tokens"]) == (48, 16)
 
 
 @pytest.mark.parametrize(

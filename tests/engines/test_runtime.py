@@ -82,7 +82,7 @@ class Reference:
         """Logits [steps, V], kept [images, T] and the likeliest tokens."""
         pixels = pixel_values([open_image(image) for image in images], self.settings)
         embeds, kept = self.vision(torch.from_numpy(pixels), self.tiny.schedule)
-        encoded = self.tokenizer.encode(prompt, len(images), self.tiny.schedule.tokens)
+        encoded = self.tokenizer.encode(prompt, [self.tiny.schedule.tokens] * len(images), self.tiny.schedule.tokens)
         ids, rows = encoded.input_ids.tolist(), encoded.image_rows.tolist()
         logits, tokens = [], []
         for _ in range(steps):
@@ -158,7 +158,7 @@ def test_a_picture_may_come_in_any_form(engine: LlavaEngine, tmp_path: Path) -> 
 def test_a_prompt_without_pictures_is_answered(engine: LlavaEngine, torch_reference: Reference) -> None:
     prefill = engine.prefill([], "USER: Hello. ASSISTANT:")
     language, tokenizer = torch_reference.language, torch_reference.tokenizer
-    ids = torch.from_numpy(tokenizer.encode("USER: Hello. ASSISTANT:", 0, 16).input_ids)[None]
+    ids = torch.from_numpy(tokenizer.encode("USER: Hello. ASSISTANT:", [], 16).input_ids)[None]
     cache = KVCache.allocate(language.config, 1, ids.shape[1])
     hidden = language(ids, torch.arange(ids.shape[1])[None], torch.full_like(ids, -1), None, cache)
     assert error(prefill.logits, language.logits(hidden)[:, -1].numpy()) < 1e-4
@@ -214,7 +214,9 @@ def test_members_of_a_batch_end_at_their_own_end_tokens(write: Write, engine: Ll
 def test_answers_can_fill_the_cache(engine: LlavaEngine, torch_reference: Reference) -> None:
     words = "word " * LIMITS.max_prompt
     prompt, encode = QUESTIONS[0], torch_reference.tokenizer.encode
-    fits = [p for n in range(len(words)) if len(encode(p := words[:n] + prompt, 1, 16).input_ids) == LIMITS.max_prompt]
+    fits = [
+        p for n in range(len(words)) if len(encode(p := words[:n] + prompt, [16], 16).input_ids) == LIMITS.max_prompt
+    ]
     answer = engine.generate(picture(0), fits[0], LIMITS.max_new_tokens)
     _, _, tokens = torch_reference.answer([picture(0)], fits[0], LIMITS.max_new_tokens)
     assert answer.token_ids == [tokens]

@@ -477,7 +477,7 @@ def test_torch_led_by_its_own_choice_is_torch(kind: str, selector: str) -> None:
             assert runner.lead(pixels, swapped, 1.0).firm_gap == 0.0  # everything is a tie from the first point on
     assert led.widest_gap == led.firm_gap == 0.0
     assert 0 < led.closest_call < 1
-    assert relative_error(led.image_embeds, embeds.detach().numpy()) < 1e-5
+    assert relative_error(np.stack(led.image_embeds), embeds.detach().numpy()) < 1e-5
 
 
 def test_swapped_rows_are_measured_at_the_cut() -> None:

@@ -38,6 +38,7 @@ MANIFEST_OF_7B = Manifest(
     source_sha256="",
     geometry=LlavaConfig(VisionConfig(), TextConfig(vocab_size=32064), eos_token_ids=(2, 7)),
     tokens=64,
+    llm_tokens=16,
     schedule={"kind": "static", "keep": [576, 300, 64]},
     precision="int4",
     vision_precision="int8",
@@ -126,6 +127,11 @@ def test_values_that_do_not_fit_are_refused(change: Callable[[dict[str, Any]], A
 def test_construction_checks_what_types_cannot() -> None:
     with pytest.raises(ConfigError, match="tokens must be in"):
         replace(MANIFEST_OF_7B, tokens=0)
+    with pytest.raises(ConfigError, match="llm_tokens must be at least 1 or null, got 0"):
+        replace(MANIFEST_OF_7B, llm_tokens=0)
+    shallow = replace(MANIFEST_OF_7B.geometry, text=replace(MANIFEST_OF_7B.geometry.text, num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="decoder_layers must be at least 3"):
+        replace(MANIFEST_OF_7B, geometry=shallow)
 
 
 @given(st.lists(LEAVES, max_size=3) | st.dictionaries(KEYS, LEAVES, max_size=4) | LEAVES)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import recipe
 from cli_refusals import Refused, files, refusals, run
+from conftest import WriteCheckpoint
+from next_checkpoint import write_next
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_engine import write_engine
@@ -35,8 +37,14 @@ def engine_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_engine(tmp_path_factory.mktemp("cli") / "engine", precision="fp16", backend="rtx").directory
 
 
+@pytest.fixture(scope="module")
+def next_checkpoint(checkpoint: WriteCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLaVA-NeXT, of 64 patches a tile and 5 tiles a picture."""
+    return write_next(checkpoint("tiny"), tmp_path_factory.mktemp("next") / "checkpoint")
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, next_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with inputs of every bad kind."""
     here = tmp_path / "here"
     here.mkdir()
@@ -50,6 +58,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("folder.png").mkdir()
     _write_arrays()
     _write_schedules()
+    Path("next").symlink_to(next_checkpoint)
     return here
 
 
@@ -97,6 +106,26 @@ BUILD: dict[str, tuple[str, str]] = {
     "no tokens": ("llava-tiny --tokens 0", r"tokens must be in 1\.\.144 \(.*\) or 'all', got 0\."),
     "negative tokens": ("llava-tiny --tokens -3", r"tokens must be in 1\.\.144 .*, got -3\."),
     "too many tokens": ("llava-tiny --tokens 145", r"tokens must be in 1\.\.144 .*, got 145\."),
+    "no llm tokens": ("llava-tiny --tokens 48 --llm-tokens 0", r"llm_tokens must be in 1\.\.47 .*, got 0\."),
+    "as many llm tokens": ("llava-tiny --tokens 48 --llm-tokens 48", r"llm_tokens must be in 1\.\.47 .*, got 48\."),
+    "nothing left to see fewer": (
+        "llava-tiny --llm-tokens 8 --decoder-layers 2",
+        r"decoder_layers must be at least 3 where visual tokens are dropped inside .*, got 2\.",
+    ),
+    "stages that part the two layers": (
+        "llava-tiny --llm-tokens 8 --stages 4",
+        r"stages must be in 1\.\.3 \(the first has 2 of 4 decoder layers\), got 4\.",
+    ),
+    "odd tokens of a picture": ("next --tokens 25", r"tokens must be even and in 2\.\.126 for LLaVA-NeXT .*, got 25\."),
+    "no tokens of a picture": ("next --tokens 0", r"tokens must be even and in 2\.\.126 .*or 'all', got 0\."),
+    "one token of a picture": ("next --tokens 1", r"tokens must be even and in 2\.\.126 .*, got 1\."),
+    "too many tokens of a picture": ("next --tokens 128", r"tokens must be even and in 2\.\.126 .*, got 128\."),
+    "llm tokens of a picture": (
+        "next --tokens 24 --llm-tokens 12",
+        r"llm_tokens must not be given for LLaVA-NeXT, got 12\. Its tokens are the whole picture's",
+    ),
+    "two layers of LLaVA-NeXT": ("next --decoder-layers 2", r"decoder_layers must be at least 3 .*, got 2\."),
+    "a prompt without room": ("next --tokens 24 --max-prompt 61", r"max_prompt must be in 62\.\..*, got 61\."),
     "unknown alias": (
         "llava-2.0",
         r"model must be one of llava-tiny, .* or a directory, got 'llava-2\.0'\. .*config\.json",
@@ -345,8 +374,8 @@ def test_all_wrong_tensors_of_a_checkpoint_are_listed_at_once(command: str, plac
     ("change", "message"),
     [
         (
-            {"model_type": "llava_next"},
-            "model_type must be 'llava', got 'llava_next'. Take one in Hugging Face",
+            {"model_type": "llava_onevision"},
+            "model_type must be 'llava', got 'llava_onevision'. Or 'llava_next'",
         ),
         ({"text_config": None}, "text_config must be an object, got None"),
         ({"vision_feature_layer": -1}, "vision_feature_layer must be -2, got -1"),

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowcut.anyres import Tiling
 from flowcut.errors import InputError
-from flowcut.overlay import CAPTION, GAP, OUTLINE, PANEL, draw
+from flowcut.overlay import CAPTION, GAP, GRID_PANEL, MOST_POINTS, OUTLINE, PADDING, PANEL, draw, draw_tiles
 
 RED = Image.new("RGB", (56, 56), (220, 30, 30))
 
@@ -82,3 +83,64 @@ def test_patch_number_outside_the_grid_is_refused(kept: list[int]) -> None:
 def test_picture_of_another_size_is_refused() -> None:
     with pytest.raises(InputError, match="70 x 70, got 56 x 56"):
         draw(RED, [], grid=10, image_size=70)
+
+
+TALL = Tiling(20, 40, 2, 2, 8)  # 16 x 16 patches in the grid, of which the columns 4..11 show the picture
+COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30), (30, 220, 220)]
+TILES = [Image.new("RGB", (56, 56), colour) for colour in COLOURS]
+
+
+def grid_panel(page: Image.Image, column: int, patches: int = 16) -> np.ndarray:
+    """[patches, patches, 3]: the middle of every patch of a panel in the second row."""
+    cell, side = round(GRID_PANEL / patches), round(PANEL / 8) * 8
+    left, top = GAP + column * (patches * cell + GAP), GAP + side + CAPTION + GAP + CAPTION
+    area = np.asarray(page.crop((left, top, left + patches * cell, top + patches * cell)))
+    return area[cell // 2 :: cell, cell // 2 :: cell]
+
+
+def test_grid_is_the_tiles_row_by_row_with_the_padding_told_apart() -> None:
+    page = draw_tiles(TILES, [(1, [np.arange(64)] * 5)], TALL, 56)
+    for column in (0, 1):
+        got = grid_panel(page, column)
+        assert (got[:, :4] == PADDING).all()
+        assert (got[:, 12:] == PADDING).all()
+        for colour, part in zip(COLOURS[1:], (got[:8, 4:8], got[:8, 8:12], got[8:, 4:8], got[8:, 8:12]), strict=True):
+            assert (part == colour).all()
+    assert (panel(page, 0) == COLOURS[0]).all()
+
+
+def test_kept_patches_of_a_tile_are_clear_in_the_grid() -> None:
+    nothing = np.empty(0, np.int64)
+    kept = [nothing, nothing, np.array([8 + 2]), nothing, np.array([7])]  # the last is in the padding
+    got = grid_panel(draw_tiles(TILES, [(3, kept)], TALL, 56), 1)
+    clear = [(r, c) for r in range(16) for c in range(4, 12) if len(set(got[r, c].tolist())) > 1]
+    assert clear == [(1, 8 + 2)]
+    assert tuple(got[1, 10]) == COLOURS[2]
+    assert (got[:, 12:] == PADDING).all()
+
+
+@pytest.mark.parametrize("points", [0, 1, 3, 4, 5, 11])
+def test_row_has_the_first_and_the_last_pruning_point(points: int) -> None:
+    none, every = np.empty(0, np.int64), np.arange(64)
+    trace = [(i, [every if i == points - 1 else none] * 5) for i in range(points)]
+    page = draw_tiles(TILES, trace, TALL, 56)
+    columns = 1 + min(points, MOST_POINTS)
+    assert page.width == GAP + columns * (round(GRID_PANEL / 16) * 16 + GAP)
+    if points > 1:
+        assert (grid_panel(page, columns - 1)[:8, 4:8] == COLOURS[1]).all()
+        assert len(set(grid_panel(page, columns - 2)[0, 4].tolist())) == 1
+
+
+def test_lone_tile_has_one_row() -> None:
+    page = draw_tiles(TILES[:1], [(1, [np.arange(9)])], Tiling(9, 9, 0, 0, 8), 56)
+    assert page.size == draw(TILES[0], [(1, np.arange(9))], 8, 56).size
+
+
+def test_grid_that_is_all_padding_is_drawn() -> None:
+    page = draw_tiles(TILES[:3], [(1, [np.arange(64)] * 3)], Tiling(3000, 1, 1, 2, 8), 56)
+    assert (np.asarray(page)[-GAP - 20, GAP + 40 : GAP + 200] == PADDING).all()
+
+
+def test_patch_number_outside_a_tile_is_refused() -> None:
+    with pytest.raises(InputError, match=r"0\.\.63"):
+        draw_tiles(TILES, [(1, [np.array([64])] * 5)], TALL, 56)

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, processors, trainers
 
 from flowcut.config import LlavaConfig
 from flowcut.errors import CheckpointError, InputError
-from flowcut.prompt import Encoded, Tokenizer, batch, question_prompt
+from flowcut.prompt import Encoded, Pruning, Tokenizer, batch, question_prompt
 
 VOCAB = 640
 ASSETS = Path(importlib.util.find_spec("flowcut").submodule_search_locations[0]) / "assets"  # type: ignore[union-attr,index]
@@ -75,7 +75,7 @@ def auto_tokenizer(directory: Path) -> Any:
 def test_ids_equal_auto_tokenizer(prompt: str, tokenizer: Tokenizer, directory: Path) -> None:
     ids = auto_tokenizer(directory)(prompt)["input_ids"]
     assert ids[0] == 1
-    np.testing.assert_array_equal(tokenizer.encode(prompt, 1, 1).input_ids, ids)
+    np.testing.assert_array_equal(tokenizer.encode(prompt, [1], 1).input_ids, ids)
 
 
 def test_ids_equal_llava_processor(tokenizer: Tokenizer, directory: Path) -> None:
@@ -92,27 +92,27 @@ def test_ids_equal_llava_processor(tokenizer: Tokenizer, directory: Path) -> Non
     )
     prompt = question_prompt("What is shown?", images=2)
     images = [Image.new("RGB", (30, 40)), Image.new("RGB", (50, 40))]
-    got = tokenizer.encode(prompt, images=2, tokens_per_image=16)
+    got = tokenizer.encode(prompt, rows=[16, 16], slots=16)
     assert got.input_ids.tolist() == np.asarray(processor(images=images, text=prompt)["input_ids"])[0].tolist()
 
 
-@pytest.mark.parametrize("alias", ["llava-tiny", "llava-1.5-7b", "llava-1.5-13b"])
+@pytest.mark.parametrize("alias", ["llava-tiny", "llava-1.5-7b", "llava-1.5-13b", "llava-v1.6-vicuna-7b"])
 def test_bundled_tokenizer_equals_transformers(alias: str) -> None:
     config = LlavaConfig.from_file(ASSETS / alias / "config.json")
     tokenizer = Tokenizer.from_file(ASSETS / alias / "tokenizer.json", config.image_token_id, config.text.vocab_size)
     reference = auto_tokenizer(ASSETS / alias)
     for prompt in [question_prompt("What is shown in the picture?"), *PROMPTS]:
         ids = reference(prompt)["input_ids"]
-        assert tokenizer.encode(prompt, 1, 1).input_ids.tolist() == ids
+        assert tokenizer.encode(prompt, [1], 1).input_ids.tolist() == ids
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
 def test_each_place_becomes_rows_of_its_image(tokenizer: Tokenizer) -> None:
-    got = tokenizer.encode("a <image> b <image>", images=2, tokens_per_image=3)
+    got = tokenizer.encode("a <image> b <image>", rows=[3, 3], slots=3)
     assert got.input_ids.dtype == got.image_rows.dtype == np.int64
     assert got.image_rows[got.image_rows >= 0].tolist() == [0, 1, 2, 3, 4, 5]
     np.testing.assert_array_equal(got.input_ids == 3, got.image_rows >= 0)
-    single = tokenizer.encode("a <image> b <image>", images=2, tokens_per_image=1)
+    single = tokenizer.encode("a <image> b <image>", rows=[1, 1], slots=1)
     np.testing.assert_array_equal(got.input_ids[got.input_ids != 3], single.input_ids[single.input_ids != 3])
 
 
@@ -121,7 +121,7 @@ def test_image_token_absent_from_the_file_is_added_and_mapped(tmp_path: Path) ->
     plain.save(str(tmp_path / "tokenizer.json"))
     size = plain.get_vocab_size()
     # The added id equals vocab_size, which the model lacks: it never leaves, as config's 300 stands for it
-    got = Tokenizer.from_file(tmp_path / "tokenizer.json", 300, size).encode("<image>the cat", 1, 2)
+    got = Tokenizer.from_file(tmp_path / "tokenizer.json", 300, size).encode("<image>the cat", [2], 2)
     assert got.input_ids[:3].tolist() == [1, 300, 300]
     assert got.image_rows[:4].tolist() == [-1, 0, 1, -1]
     assert got.input_ids[3:].tolist() == plain.encode("the cat", add_special_tokens=False).ids
@@ -132,8 +132,8 @@ def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path, tokenize
     other.enable_padding(length=64)
     other.enable_truncation(4)
     other.save(str(tmp_path / "tokenizer.json"))
-    got = Tokenizer.from_file(tmp_path / "tokenizer.json", 3, VOCAB).encode(PROMPTS[0], 1, 5)
-    np.testing.assert_array_equal(got.input_ids, tokenizer.encode(PROMPTS[0], 1, 5).input_ids)
+    got = Tokenizer.from_file(tmp_path / "tokenizer.json", 3, VOCAB).encode(PROMPTS[0], [5], 5)
+    np.testing.assert_array_equal(got.input_ids, tokenizer.encode(PROMPTS[0], [5], 5).input_ids)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path, tokenize
 )
 def test_refuses_a_prompt_in_one_line(prompt: Any, images: int, match: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=match) as raised:
-        tokenizer.encode(prompt, images, 4)
+        tokenizer.encode(prompt, [4] * images, 4)
     assert "\n" not in str(raised.value)
 
 
@@ -171,7 +171,7 @@ def test_ids_beyond_the_models_vocabulary_are_refused(directory: Path) -> None:
 
 
 def test_decode_equals_transformers_and_skips_what_is_no_text(tokenizer: Tokenizer, directory: Path) -> None:
-    ids = tokenizer.encode("<image>A cat on  the mat 日本 🐈", 1, 4).input_ids
+    ids = tokenizer.encode("<image>A cat on  the mat 日本 🐈", [4], 4).input_ids
     noisy = [*ids, 2, 10**6, 2**40, -1]
     assert tokenizer.decode(noisy) == auto_tokenizer(directory).decode(ids.tolist(), skip_special_tokens=True)
     assert tokenizer.decode(noisy).strip() == "A cat on  the mat 日本 🐈"
@@ -182,28 +182,61 @@ def test_decode_equals_transformers_and_skips_what_is_no_text(tokenizer: Tokeniz
 @given(text=st.text(min_size=1, max_size=30).filter(lambda t: t.strip() and "<" not in t))
 def test_any_text_survives_encode_and_decode(text: str) -> None:
     tokenizer = trained()
-    assert tokenizer.decode(tokenizer.encode(text, 0, 4).input_ids.tolist()) == text.replace("▁", " ")
+    assert tokenizer.decode(tokenizer.encode(text, [], 4).input_ids.tolist()) == text.replace("▁", " ")
 
 
-def rows(*values: int) -> Encoded:
-    return Encoded(np.arange(10, 10 + len(values), dtype=np.int64), np.array(values, np.int64))
+def encoded(length: int, spans: list[tuple[int, int]], slots: int = 2) -> Encoded:
+    """A prompt of `length` tokens with pictures at these spans."""
+    image_rows = np.full(length, -1, np.int64)
+    for i, (first, count) in enumerate(spans):
+        image_rows[first : first + count] = i * slots + np.arange(count)
+    ids = np.arange(10, 10 + length, dtype=np.int64)
+    return Encoded(ids, image_rows, np.array(spans, np.int64).reshape(-1, 2), slots)
 
 
 def test_batch_pads_on_the_right_and_numbers_images_through() -> None:
-    got = batch([rows(-1, 0, 1, -1), rows(-1, -1), rows(0, 1, 2, 3, -1)], limit=5)
+    got = batch([encoded(4, [(1, 2)]), encoded(2, []), encoded(5, [(0, 2), (2, 2)])], limit=5)
     assert got.image_rows.tolist() == [[-1, 0, 1, -1, -1], [-1] * 5, [2, 3, 4, 5, -1]]
     assert got.input_ids.tolist() == [[10, 11, 12, 13, 0], [10, 11, 0, 0, 0], [10, 11, 12, 13, 14]]
-    assert got.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
+    assert got.position_ids.tolist() == got.pruned_position_ids.tolist() == [[0, 1, 2, 3, 4]] * 3
     assert got.lengths.tolist() == [4, 2, 5]
     assert got.last_token.tolist() == [3, 1, 4]
+    assert got.image_spans.tolist() == [[0, 1, 2], [2, 0, 2], [2, 2, 2]]
     assert {array.dtype for array in vars(got).values()} == {np.dtype(np.int64)}
+
+
+def test_pictures_of_fewer_rows_than_slots_leave_gaps_between_their_numbers(tokenizer: Tokenizer) -> None:
+    got = tokenizer.encode("a <image> b <image><image>", rows=[3, 1, 5], slots=5)
+    assert got.image_rows[got.image_rows >= 0].tolist() == [0, 1, 2, 5, 10, 11, 12, 13, 14]
+    assert got.spans[:, 1].tolist() == [3, 1, 5]
+    for (first, count), picture in zip(got.spans.tolist(), range(3), strict=True):
+        assert got.image_rows[first : first + count].tolist() == [picture * 5 + i for i in range(count)]
+    single = tokenizer.encode("a <image> b <image><image>", rows=[1, 1, 1], slots=1).input_ids
+    assert got.input_ids[got.input_ids != 3].tolist() == single[single != 3].tolist()
+    together = batch([tokenizer.encode("<image>", [2], 5), got], 99)
+    assert together.image_rows[1][: len(got.input_ids)].max() == 5 + 14
+    assert together.image_spans.tolist() == [[0, 1, 2], *([1, *span] for span in got.spans.tolist())]
+
+
+def test_positions_behind_the_pruning_are_those_of_the_longest_prompt_left() -> None:
+    prompts = [encoded(9, [(1, 7)], 7), encoded(5, []), encoded(9, [(0, 3), (4, 4)], 7)]
+    got = batch(prompts, 9, Pruning(llm_tokens=3, limit=9))
+    assert got.pruned_position_ids.tolist() == [list(range(8))] * 3  # 9 - 4, 5 and 9 - 1
+    assert got.position_ids.shape == (3, 9)
+
+
+def test_batch_refuses_a_prompt_too_long_behind_the_pruning() -> None:
+    """A text of max_prompt tokens: the limit there is for a prompt with a picture."""
+    batch([encoded(6, [])], 10, Pruning(llm_tokens=3, limit=6))
+    with pytest.raises(InputError, match=r"prompt 1 must have at most 6 .*cut to 3.*, got 8\. .*--max-prompt 12\."):
+        batch([encoded(10, [(0, 7)], 7), encoded(8, [])], 10, Pruning(llm_tokens=3, limit=6))
 
 
 def test_batch_refuses_a_prompt_beyond_the_limit() -> None:
     with pytest.raises(
         InputError, match=r"prompt 1 must have 1\.\.3 tokens, got 4 \(2 of them visual\).*--max-prompt 4"
     ):
-        batch([rows(-1), rows(-1, 0, 1, -1)], limit=3)
+        batch([encoded(1, []), encoded(4, [(1, 2)])], limit=3)
 
 
 def test_batch_refuses_no_prompt() -> None:
@@ -215,3 +248,19 @@ def test_question_prompt_is_llavas_template() -> None:
     assert question_prompt("Why?") == "USER: <image>\nWhy? ASSISTANT:"
     assert question_prompt("Why?", images=2) == "USER: <image>\n<image>\nWhy? ASSISTANT:"
     assert question_prompt("Why?", images=0) == "USER: Why? ASSISTANT:"
+
+
+@pytest.mark.parametrize("alias", ["llava-tiny", "llava-1.5-7b", "llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-13b"])
+def test_question_prompt_is_the_bundled_chat_template(alias: str) -> None:
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Why?"}]
+    text = auto_tokenizer(ASSETS / alias).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    assert text == question_prompt("Why?", images=2, anyres="v1.6" in alias)
+
+
+def test_question_prompt_of_llava_next_is_vicunas() -> None:
+    assert question_prompt("Why?", anyres=True) == (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the human's questions. USER: <image>\nWhy? ASSISTANT:"
+    )
