@@ -1,4 +1,7 @@
-"""How far a schedule with constants agrees with adaptive: kept sets after each pruning point, features at the end."""
+"""How far a schedule with constants agrees with adaptive: kept sets after each pruning point, features at the end.
+
+A sample is a picture, or a tile of LLaVA-NeXT's.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +36,19 @@ def feature_cosine(a: Run, b: Run) -> float | None:
 
 
 def final_jaccard(kept: Sequence[Kept], reference: Sequence[Kept]) -> float:
-    """Mean over pictures of the Jaccard index at the end."""
+    """Mean over samples of the Jaccard index at the end."""
     return float(np.mean([jaccard(a[-1], b[-1]) for a, b in zip(kept, reference, strict=True)]))
 
 
 def agreement(
     points: Sequence[int], kept: Sequence[Kept], reference: Sequence[Kept], cosines: Sequence[float | None]
 ) -> dict[str, Any]:
-    """Over pictures: the Jaccard index after each pruning point and at the end, and the features' cosine.
+    """Over samples: the Jaccard index after each pruning point and at the end, and the features' cosine.
 
     Args:
         points: layers of the pruning points.
-        kept, reference: of each picture, with the schedule and with adaptive.
-        cosines: `feature_cosine` of each picture.
+        kept, reference: of each sample, with the schedule and with adaptive.
+        cosines: `feature_cosine` of each sample.
     """
     by_point = [
         {"layer": layer, **mean_and_min([jaccard(a[i], b[i]) for a, b in zip(kept, reference, strict=True)])}
@@ -57,8 +60,8 @@ def agreement(
 
 
 def clamp_rate(points: Sequence[int], capacities: Sequence[int], reference: Sequence[Kept]) -> dict[str, Any]:
-    """Share of pictures for which adaptive keeps more than the capacity, at each pruning point and at any of them."""
-    counts = np.array([[mask.bit_count() for mask in kept] for kept in reference])  # [pictures, points]
+    """Share of samples for which adaptive keeps more than the capacity, at each pruning point and at any of them."""
+    counts = np.array([[mask.bit_count() for mask in kept] for kept in reference])  # [samples, points]
     over = counts > np.array(capacities)
     by_point = [
         {"layer": layer, "share": round(float(column.mean()), DIGITS)}

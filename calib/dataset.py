@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
+from flowcut.anyres import tiling
+from flowcut.config import LlavaConfig
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings, open_image, pixel_values
+from flowcut.tiles import image_tiles
 
 LOG = logging.getLogger("flowcut.calib")
 _SHOWN = 3
@@ -107,8 +110,19 @@ def split(pictures: Sequence[Picture]) -> tuple[tuple[Picture, ...], tuple[Pictu
     return tuple(ordered[::2]), tuple(ordered[1::2])
 
 
-def read_pixels(picture: Picture, settings: ImageSettings) -> NDArray[np.float32]:
-    """[1, 3, S, S] of a picture that is still the one that was found.
+def tower_pixels(image: Image.Image, settings: ImageSettings, config: LlavaConfig) -> NDArray[np.float32]:
+    """What the tower sees of a picture: [1, 3, S, S], and of LLaVA-NeXT [tiles, 3, S, S].
+
+    Raises:
+        InputError: a picture so long and narrow that resizing it would take too much memory.
+    """
+    if config.anyres:
+        return image_tiles(image, settings, tiling(config, *image.size))
+    return pixel_values([image], settings)
+
+
+def read_picture(picture: Picture) -> Image.Image:
+    """A picture that is still the one that was found.
 
     Raises:
         InputError: it is not.
@@ -119,7 +133,7 @@ def read_pixels(picture: Picture, settings: ImageSettings) -> NDArray[np.float32
         raise InputError(f"{picture.path} must stay readable, got: {error.strerror}.") from None
     if hashlib.sha256(content).hexdigest() != picture.sha256:
         raise InputError(f"{picture.path} must stay as it was found, got other content. Run the command again.")
-    return pixel_values([open_image(content)], settings)
+    return open_image(content)
 
 
 def _picture_files(directory: Path) -> list[tuple[str, Path]]:

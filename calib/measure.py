@@ -16,13 +16,17 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from calib.awq import search
-from calib.dataset import Picture, read_pixels
+from calib.dataset import Picture, read_picture, tower_pixels
 from calib.groups import DECODER, Group, decoder_groups, vision_groups
 from calib.inputs import Inputs, Pick
 from calib.partial import Partial
+from flowcut.anyres import tiling
+from flowcut.budget import PRUNE_LAYER
 from flowcut.checkpoint import Weights
+from flowcut.config import TextConfig
 from flowcut.errors import CheckpointError
 from flowcut.language import DecoderLayer, Step
+from flowcut.language_pruning import best_tokens, without_dropped
 from flowcut.loading import load_module
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Encoded
@@ -37,10 +41,16 @@ EMBEDDING = "language_model.model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and the prompt about it."""
+    """A picture and the prompt about it, in which one token stands for the picture."""
 
     picture: Picture
     prompt: Encoded
+
+    @property
+    def around(self) -> tuple[Array, Array]:
+        """Token ids before the picture and after it."""
+        place = int(self.prompt.spans[0, 0])
+        return self.prompt.input_ids[:place], self.prompt.input_ids[place + 1 :]
 
     def pick(self, count: int) -> Pick:
         """Chooses `count` tokens of this sample, the same for the same picture."""
@@ -85,11 +95,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What both passes share. `scaled`: whether scales are searched for."""
+    """What both passes share. `scaled`: whether scales are searched for; llm_tokens: see flowcut.budget.Budget."""
 
     weights: Weights
     samples: Sequence[Sample]
     scaled: bool
+    llm_tokens: int | None
     partial: Partial
     progress: Progress
 
@@ -102,7 +113,7 @@ class Bench:
 
 
 def measure_vision(bench: Bench, schedule: Schedule, settings: ImageSettings) -> tuple[Measured, list[Array]]:
-    """Ranges and scales of the tower and the projector, and image embeddings [T, D] of every sample.
+    """Ranges and scales of the tower and the projector, and visual tokens [n, D] of every sample.
 
     Raises:
         CheckpointError: a tensor or an input of a layer that is not finite.
@@ -130,7 +141,7 @@ def measure_language(bench: Bench, measured: Measured, embeds: Sequence[Array]) 
     """`measured` with the decoder's ranges and scales.
 
     Args:
-        embeds: [T, D] of every sample.
+        embeds: [n, D] of every sample.
 
     Raises:
         CheckpointError: a tensor, or a layer's input or output, that is not finite.
@@ -160,13 +171,17 @@ def _see(
     schedule: Schedule,
     settings: ImageSettings,
 ) -> tuple[Inputs, Array]:
-    """One picture's statistics and embeddings [T, D]."""
+    """One picture's statistics and visual tokens [n, D]."""
     key = f"vision-{sample.picture.sha256}"
     if (saved := bench.partial.get(key)) is not None:
         return Inputs.restored(groups, *saved), saved[0]["embeds"]
-    inputs, pixels = Inputs(groups), torch.from_numpy(read_pixels(sample.picture, settings))
+    inputs, image = Inputs(groups), read_picture(sample.picture)
+    pixels = torch.from_numpy(tower_pixels(image, settings, model.config))
     with torch.inference_mode(), inputs.watching(model, "", sample.pick(bench.tokens_each)):
-        embeds = model(pixels, schedule)[0][0].numpy()
+        if model.config.anyres:
+            embeds = model.see(pixels, tiling(model.config, *image.size), schedule)[0].numpy()
+        else:
+            embeds = model(pixels, schedule)[0][0].numpy()
     check_finite("image embeddings", embeds)
     tensors, info = inputs.saved()
     bench.partial.put(key, {**tensors, "embeds": embeds}, info)
@@ -174,18 +189,21 @@ def _see(
 
 
 def _embedded(bench: Bench, embeds: Sequence[Array]) -> list[Tensor]:
-    """Of every sample [1, S, D]: token embeddings, image embeddings at their places."""
+    """Of every sample [1, S, D]: token embeddings, and visual tokens in the picture's place."""
     table, hidden = bench.weights.load(EMBEDDING), []
     for sample, images in zip(bench.samples, embeds, strict=True):
-        rows = sample.prompt.image_rows
-        text = table[np.where(rows < 0, sample.prompt.input_ids, 0)].astype(np.float32)
-        check_finite(EMBEDDING, text)
-        hidden.append(torch.from_numpy(np.where(rows[:, None] < 0, text, images[rows.clip(0)]))[None])
+        before, after = (table[ids].astype(np.float32) for ids in sample.around)
+        for text in (before, after):
+            check_finite(EMBEDDING, text)
+        hidden.append(torch.from_numpy(np.concatenate([before, images, after]))[None])
     return hidden
 
 
 def _run_layer(bench: Bench, index: int, hidden: Sequence[Tensor], measured: Measured) -> list[Tensor]:
-    """Every sample's hidden state after layer `index`, whose results are added to `measured`."""
+    """Every sample's hidden state after layer `index`, whose results are added to `measured`.
+
+    Where visual tokens are dropped inside the decoder, the layers behind see those that the engine's would see.
+    """
     text, prefix = bench.weights.config.text, f"{DECODER}{index}."
     with torch.device("meta"):
         layer = DecoderLayer(text)
@@ -198,12 +216,25 @@ def _run_layer(bench: Bench, index: int, hidden: Sequence[Tensor], measured: Mea
         cache = torch.zeros(2, 1, text.num_key_value_heads, length, text.head_size)
         with torch.inference_mode(), inputs.watching(layer, prefix, sample.pick(bench.tokens_each)):
             out.append(layer(state, step, *cache))
+        if index == PRUNE_LAYER and bench.llm_tokens is not None:
+            out[-1] = _pruned(layer, text, sample, state, cache, out[-1], bench.llm_tokens)
         if not torch.isfinite(out[-1]).all():
             raise CheckpointError(
                 f"output of {prefix.rstrip('.')} must be finite in float32, got NaN or infinity. Mend the checkpoint."
             )
     measured.add(inputs, groups, layer, prefix)
     return out
+
+
+def _pruned(
+    layer: DecoderLayer, text: TextConfig, sample: Sample, entering: Tensor, cache: Tensor, leaving: Tensor, tokens: int
+) -> Tensor:
+    """`leaving` [1, S, D] without the visual tokens that are dropped."""
+    before, after = (len(ids) for ids in sample.around)
+    span = (before, entering.shape[1] - before - after)
+    with torch.inference_mode():
+        kept = best_tokens(layer, text, entering, (cache[0], cache[1]), span, tokens)
+        return without_dropped(leaving, [span], [kept])
 
 
 def _short(error: float) -> float:

@@ -15,20 +15,22 @@ import numpy as np
 from rich.progress import Progress
 
 from calib.calibration import Calibration, is_calibration, write_calibration
-from calib.dataset import Dataset, find_pictures
+from calib.dataset import Dataset, find_pictures, tower_pixels
 from calib.groups import groups
 from calib.origin import check_out, circumstances, digest, partial_path, pictures_of
 from calib.partial import Partial
 from calib.rounding import block_size
 from flowcut.aliases import Model, resolve
+from flowcut.anyres import image_slots
+from flowcut.budget import Budget, make_budget
 from flowcut.deps import require
 from flowcut.errors import CheckpointError, ConfigError, InputError
-from flowcut.preprocess import ImageSettings, pixel_values
+from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer, question_prompt
-from flowcut.schedule import Schedule, default_tokens, file_tokens, make_schedule
+from flowcut.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from calib.measure import Measured, Sample
+    from calib.measure import Sample
 
 LOG = logging.getLogger("flowcut.calib")
 Wanted = Literal["int4", "fp8", "all"]
@@ -49,10 +51,10 @@ class QuantizeSettings:
     """What to calibrate, on which pictures and prompts, and where to write it.
 
     Attributes:
-        tokens: patches kept per picture, an int or "all"; None: 11.1% of them.
+        tokens, llm_tokens: visual tokens kept per picture, see flowcut.budget.make_budget.
         schedule: see flowcut.schedule.make_schedule.
         precision: "int4" searches scales, "fp8" keeps ranges, "all" does both.
-        questions: put into LLaVA-1.5's template, one for each picture in turn; none: QUESTIONS.
+        questions: put into the model's template, one for each picture in turn; none: QUESTIONS.
         limit: use the first N pictures by name.
         threads: of PyTorch; None leaves it to choose.
     """
@@ -63,6 +65,7 @@ class QuantizeSettings:
     random: bool = False
     seed: int = 0
     tokens: int | str | None = None
+    llm_tokens: int | None = None
     schedule: str = "static"
     precision: Wanted = "all"
     questions: tuple[str, ...] = ()
@@ -113,76 +116,63 @@ def calibrate_quantize(settings: QuantizeSettings, progress: Progress) -> Quanti
     """
     check_out(settings.out, SUFFIX, is_calibration)
     require("torch", extra="torch")
+    from calib.measure import Bench, measure_language, measure_vision
+    from calib.tower import torch_threads
+
     model = resolve(settings.model, random=settings.random, decoder_layers=settings.decoder_layers, seed=settings.seed)
     if settings.precision != "fp8":
         _check_blocks(model)
-    schedule = _schedule(model, settings)
-    image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
+    config = model.config
+    budget = make_budget(config, settings.tokens, settings.schedule, settings.llm_tokens)
+    schedule = make_schedule(settings.schedule, config.vision, budget.tokens, weights=model.weights)
+    image_settings = ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints)
     prompts = settings.questions or QUESTIONS
     dataset = find_pictures(
-        settings.images, settings.limit, progress, lambda image: pixel_values([image], image_settings)
+        settings.images, settings.limit, progress, lambda image: tower_pixels(image, image_settings, config)
     )
-    samples = _samples(model, dataset, prompts, schedule.tokens)
-    origin = _origin(model, settings, dataset, prompts, schedule)
-    prompts_read = [[s.prompt.input_ids.tolist(), s.prompt.image_rows.tolist()] for s in samples]
+    samples = _samples(model, dataset, prompts, budget)
+    origin = _origin(model, settings, dataset, prompts, schedule, budget)
+    prompts_read = [s.prompt.input_ids.tolist() for s in samples]
     inputs = digest([model.weights.sha256, image_settings.to_dict(), origin, prompts_read])
     partial = Partial(partial_path(settings.out, directory=True), inputs)
     try:
-        measured = _measure(model, settings, samples, schedule, image_settings, partial, progress)
+        bench = Bench(model.weights, samples, settings.precision != "fp8", budget.llm_tokens, partial, progress)
+        with torch_threads(settings.threads):
+            measured, embeds = measure_vision(bench, schedule, image_settings)
+            measured = measure_language(bench, measured, embeds)
     except CheckpointError:
         partial.remove()  # a mended checkpoint is another one
         raise
-    info = {**origin, "errors": measured.errors, "tokens": _tokens(samples, schedule)}
+    tokens = _tokens(samples, [len(rows) for rows in embeds], budget.asked(config))
+    info = {**origin, "errors": measured.errors, "tokens": tokens}
     ranges = {} if settings.precision == "int4" else measured.ranges
     calibration = write_calibration(settings.out, model.weights, ranges, measured.scales, info)
     partial.remove()
     return Quantized(settings.out, calibration, settings.out.stat().st_size)
 
 
-def _measure(
-    model: Model,
-    settings: QuantizeSettings,
-    samples: Sequence[Sample],
-    schedule: Schedule,
-    image_settings: ImageSettings,
-    partial: Partial,
-    progress: Progress,
-) -> Measured:
-    from calib.measure import Bench, measure_language, measure_vision
-    from calib.tower import torch_threads
-
-    bench = Bench(model.weights, samples, settings.precision != "fp8", partial, progress)
-    with torch_threads(settings.threads):
-        measured, embeds = measure_vision(bench, schedule, image_settings)
-        return measure_language(bench, measured, embeds)
-
-
-def _samples(model: Model, dataset: Dataset, questions: Sequence[str], tokens: int) -> list[Sample]:
+def _samples(model: Model, dataset: Dataset, questions: Sequence[str], budget: Budget) -> list[Sample]:
     """Pictures by content, so that names decide nothing, each with the next question.
 
     Raises:
-        InputError: a prompt that is empty or longer than the decoder's positions.
+        InputError: a prompt that is empty or, with the largest picture, longer than the decoder's positions.
     """
     from calib.measure import Sample
 
-    text = model.config.text
+    text, anyres = model.config.text, model.config.anyres
     tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, text.vocab_size)
-    encoded = [tokenizer.encode(question_prompt(question), 1, tokens) for question in questions]
+    # a place for each picture, which its visual tokens take once they have been counted
+    encoded = [tokenizer.encode(question_prompt(question, anyres=anyres), [1], 1) for question in questions]
+    visual = image_slots(model.config, budget.tokens)
     for question, prompt in zip(questions, encoded, strict=True):
-        if not question.strip() or len(prompt.input_ids) > text.max_position_embeddings:
+        length = len(prompt.input_ids) - 1 + visual
+        if not question.strip() or length > text.max_position_embeddings:
             raise InputError(
-                f"question must be text of at most {text.max_position_embeddings} tokens with {tokens} visual ones, "
-                f"got {question!r} ({len(prompt.input_ids)} tokens)."
+                f"question must be text of at most {text.max_position_embeddings} tokens with {visual} visual ones, "
+                f"got {question!r} ({length} tokens)."
             )
     pictures = sorted(dataset.pictures, key=lambda picture: picture.sha256)
     return [Sample(picture, encoded[i % len(encoded)]) for i, picture in enumerate(pictures)]
-
-
-def _schedule(model: Model, settings: QuantizeSettings) -> Schedule:
-    patches = model.config.vision.patches
-    asked = settings.tokens or file_tokens(settings.schedule) or default_tokens(patches)
-    tokens = patches if asked == "all" else int(asked)
-    return make_schedule(settings.schedule, model.config.vision, tokens, weights=model.weights)
 
 
 def _check_blocks(model: Model) -> None:
@@ -192,7 +182,12 @@ def _check_blocks(model: Model) -> None:
 
 
 def _origin(
-    model: Model, settings: QuantizeSettings, dataset: Dataset, questions: Sequence[str], schedule: Schedule
+    model: Model,
+    settings: QuantizeSettings,
+    dataset: Dataset,
+    questions: Sequence[str],
+    schedule: Schedule,
+    budget: Budget,
 ) -> dict[str, Any]:
     """What the file says of where it comes from."""
     return {
@@ -201,19 +196,21 @@ def _origin(
         "weights": f"random, seed {settings.seed}" if model.weights.random else "checkpoint",
         "precision": settings.precision,
         "schedule": schedule.to_dict(),
+        **({} if budget.llm_tokens is None else {"llm_tokens": budget.llm_tokens}),
         "questions": list(questions),
         **pictures_of(dataset),
         **circumstances(("tokenizers",), settings.threads),
     }
 
 
-def _tokens(samples: Sequence[Sample], schedule: Schedule) -> dict[str, int]:
-    """Per picture the visual ones; in all those that went into the decoder, and those that outputs were compared on."""
+def _tokens(samples: Sequence[Sample], visual: Sequence[int], asked: int) -> dict[str, int]:
+    """Per picture the visual ones asked for; in all those that went into the decoder, and those that outputs were
+    compared on. visual: of each sample, those that went in."""
     from calib.measure import SAMPLED
 
-    lengths = [len(sample.prompt.input_ids) for sample in samples]
+    lengths = [len(sample.prompt.input_ids) - 1 + count for sample, count in zip(samples, visual, strict=True)]
     each = -(-SAMPLED // len(samples))
-    return {"visual": schedule.tokens, "language": sum(lengths), "compared": sum(min(n, each) for n in lengths)}
+    return {"visual": asked, "language": sum(lengths), "compared": sum(min(n, each) for n in lengths)}
 
 
 def _means(errors: dict[str, dict[str, float]], part: str) -> dict[str, float]:

@@ -22,8 +22,8 @@ def calibrated(console: Console, result: Calibrated) -> None:
     halves = told["pictures"]
     console.print(
         Text(
-            f"{told['model']}: {told['tokens']} of {result.static['patches']} patches, {told['choose']} of "
-            f"{halves['calibration']} pictures; {halves['held_out']} held out",
+            f"{told['model']}: {told['tokens']} of {result.static['patches']} patches{_each_tile(static)}, "
+            f"{told['choose']} of {halves['calibration']} pictures; {halves['held_out']} held out",
             "bold",
         ),
         soft_wrap=True,
@@ -35,6 +35,10 @@ def calibrated(console: Console, result: Calibrated) -> None:
         console.print(Text.assemble(("wrote ", "bold"), str(path)), soft_wrap=True)
     if "random weights" in result.note:
         console.print("random weights: this tests the machinery; the figures mean nothing.")
+
+
+def _each_tile(static: dict[str, Any]) -> str:
+    return f" of each of {sum(static['tiles'].values())} tiles" if "tiles" in static else ""
 
 
 def _counts(result: Calibrated, static: dict[str, Any]) -> Table:

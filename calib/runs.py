@@ -1,9 +1,13 @@
-"""Runs of schedules over pictures, each done once: what the journal has is not computed again."""
+"""Runs of schedules over pictures, each done once: what the journal has is not computed again.
+
+A sample is an image that the tower sees: a picture, or each tile of one where pictures are cut into tiles (LLaVA-NeXT).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 from calib.agreement import feature_cosine
-from calib.dataset import Picture, read_pixels
+from calib.dataset import Picture, read_picture, tower_pixels
 from calib.journal import Entry, Journal
 from flowcut.errors import CheckpointError
 from flowcut.preprocess import ImageSettings
@@ -20,10 +24,12 @@ from flowcut.schedule import Schedule
 if TYPE_CHECKING:
     from calib.tower import Run, Tower
 
+Pixels = NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class Compared:
-    """A schedule on one picture beside adaptive: masks per pruning point, and the features' cosine."""
+    """A schedule on one sample beside adaptive: masks per pruning point, and the features' cosine."""
 
     kept: tuple[int, ...]
     cosine: float | None
@@ -36,25 +42,25 @@ class Runs:
         self._tower, self._settings, self._journal, self._progress = tower, settings, journal, progress
 
     def kept(self, pictures: Sequence[Picture], schedule: Schedule, label: str) -> list[tuple[int, ...]]:
-        """Of each picture the masks of kept patches per pruning point."""
+        """Of each sample, picture after picture, the masks of kept patches per pruning point."""
         found = []
         for picture in self._each(pictures, label):
             key = f"{picture.sha256} {_name(schedule)}"
             entry = self._journal.get(key)
             if entry is None:
-                run = self._run(picture, read_pixels(picture, self._settings), schedule)
-                entry = self._journal.add(key, {"kept": _to_hex(run.kept)})
-            found.append(_masks(entry))
+                runs = [self._run(picture, image, schedule) for image in self._images(picture)]
+                entry = self._journal.add(key, {"kept": [_to_hex(run.kept) for run in runs]})
+            found += _masks(entry)
         return found
 
     def compared(
         self, pictures: Sequence[Picture], schedules: Sequence[Schedule], adaptive: Schedule, label: str
     ) -> list[list[Compared]]:
-        """For each schedule, of each picture, what it kept and how its features compare with adaptive's."""
+        """For each schedule, of each sample, what it kept and how its features compare with adaptive's."""
         rows = [
             self._compare(picture, schedules, adaptive) for picture in self._progress.track(pictures, description=label)
         ]
-        return [list(column) for column in zip(*rows, strict=True)]
+        return [list(chain.from_iterable(column)) for column in zip(*rows, strict=True)]
 
     def _each(self, pictures: Sequence[Picture], label: str) -> Iterator[Picture]:
         """The pictures, with a bar that goes when they are done."""
@@ -66,18 +72,25 @@ class Runs:
         finally:
             self._progress.remove_task(task)
 
-    def _compare(self, picture: Picture, schedules: Sequence[Schedule], adaptive: Schedule) -> list[Compared]:
+    def _images(self, picture: Picture) -> list[Pixels]:
+        """[1, 3, S, S] of each sample."""
+        pixels = tower_pixels(read_picture(picture), self._settings, self._tower.config)
+        return np.split(pixels, len(pixels))
+
+    def _compare(self, picture: Picture, schedules: Sequence[Schedule], adaptive: Schedule) -> list[list[Compared]]:
+        """Of each schedule, each sample's."""
         keys = [f"{picture.sha256} {_name(schedule)} beside adaptive" for schedule in schedules]
         if not all(self._journal.get(key) for key in keys):
-            pixels = read_pixels(picture, self._settings)
-            reference = self._run(picture, pixels, adaptive)
+            images = self._images(picture)
+            references = [self._run(picture, image, adaptive) for image in images]
             for key, schedule in zip(keys, schedules, strict=True):
-                run = self._run(picture, pixels, schedule)
-                self._journal.add(key, {"kept": _to_hex(run.kept), "cosine": feature_cosine(reference, run)})
+                runs = [self._run(picture, image, schedule) for image in images]
+                cosines = [feature_cosine(a, b) for a, b in zip(references, runs, strict=True)]
+                self._journal.add(key, {"kept": [_to_hex(run.kept) for run in runs], "cosine": cosines})
         entries = [self._journal.get(key) or {} for key in keys]
-        return [Compared(_masks(entry), entry["cosine"]) for entry in entries]
+        return [[Compared(*pair) for pair in zip(_masks(entry), entry["cosine"], strict=True)] for entry in entries]
 
-    def _run(self, picture: Picture, pixels: NDArray[np.float32], schedule: Schedule) -> Run:
+    def _run(self, picture: Picture, pixels: Pixels, schedule: Schedule) -> Run:
         """Raises CheckpointError that names the picture too."""
         try:
             return self._tower.run(pixels, schedule)
@@ -93,5 +106,6 @@ def _to_hex(kept: Sequence[int]) -> list[str]:
     return [f"{mask:x}" for mask in kept]
 
 
-def _masks(entry: Entry) -> tuple[int, ...]:
-    return tuple(int(mask, 16) for mask in entry["kept"])
+def _masks(entry: Entry) -> list[tuple[int, ...]]:
+    """Of each sample."""
+    return [tuple(int(mask, 16) for mask in kept) for kept in entry["kept"]]

@@ -1,8 +1,9 @@
 """`flowcut calibrate schedule`: the constants of a static and of a masked schedule, from pictures.
 
-Adaptive runs over all pictures. Those of one half, the calibration half, give the constants; on the other half, held
-out, each schedule is compared with adaptive. Both files are written when both are complete, and the same inputs give
-the same bytes: nothing in them depends on when, where or in how many attempts they were made.
+Adaptive runs over all pictures, of LLaVA-NeXT over every tile of each. Those of one half, the calibration half, give
+the constants; on the other half, held out, each schedule is compared with adaptive. Both files are written when both
+are complete, and the same inputs give the same bytes: nothing in them depends on when, where or in how many attempts
+they were made.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.progress import Progress
 
 from calib.agreement import DIGITS, Kept, agreement, clamp_rate, final_jaccard
 from calib.choice import Choice, Counts, constants, spread
-from calib.dataset import Dataset, Picture, find_pictures, split
+from calib.dataset import Dataset, Picture, find_pictures, split, tower_pixels
 from calib.flops import flops_share
 from calib.journal import Journal
 from calib.origin import check_out, circumstances, digest, partial_path, pictures_of
@@ -28,14 +29,16 @@ from calib.runs import Compared, Runs
 from calib.search import best_within, check_share
 from flowcut.aliases import Model, resolve
 from flowcut.atomic import write_file
+from flowcut.budget import make_budget
 from flowcut.deps import require
 from flowcut.errors import ConfigError
 from flowcut.fingerprint import vision_sha256
-from flowcut.preprocess import ImageSettings, pixel_values
-from flowcut.schedule import CALIBRATION, Schedule, closed_form, default_tokens, make_schedule
+from flowcut.preprocess import ImageSettings
+from flowcut.schedule import CALIBRATION, Schedule, closed_form, make_schedule
 from flowcut.selector import selector
 
 LOG = logging.getLogger("flowcut.calib")
+HALVES = ("calibration", "held_out")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ScheduleSettings:
     """What to calibrate, on which pictures, and where to write it.
 
     Attributes:
-        tokens: patches kept per picture; None: 11.1% of them.
+        tokens: visual tokens kept per picture, see flowcut.budget.make_budget; the files say those of a tower image.
         choose: see calib.choice.Choice.
         selector: what chooses the patches; None: "flowcut".
         limit: use the first N pictures by name.
@@ -82,6 +85,7 @@ class Calibrated:
         static, masked = self.static[CALIBRATION], self.masked[CALIBRATION]
         sides = {"static": static, "masked": masked, "closed_form": static["closed_form"]}
         halves = [picture["half"] for picture in static["pictures"]]
+        pictures = {half: halves.count(half) for half in HALVES}
         return {
             "schedule": str(self.out),
             "masked_schedule": str(self.masked_out),
@@ -92,7 +96,8 @@ class Calibrated:
             "choose": static["choose"],
             "counts": self.static["counts"],
             "capacities": self.masked["counts"],
-            "pictures": {half: halves.count(half) for half in ("calibration", "held_out")},
+            "pictures": pictures,
+            "samples": static.get("tiles", pictures),
             "skipped": len(static["skipped"]),
             "agreement": {name: _short(side["agreement"]) for name, side in sides.items()},
             "flops_share": {name: side["flops_share"] for name, side in sides.items()},
@@ -112,10 +117,11 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
     require("torch", extra="torch")
     model = resolve(settings.model, random=settings.random, seed=settings.seed)
     adaptive = _adaptive(model, settings)
-    check_share(model.config.vision, adaptive.tokens, choice.share)
-    image_settings = ImageSettings.from_directory(model.files, model.config.vision.image_size)
+    config = model.config
+    check_share(config.vision, adaptive.tokens, choice.share)
+    image_settings = ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints)
     dataset = find_pictures(
-        settings.images, settings.limit, progress, lambda image: pixel_values([image], image_settings)
+        settings.images, settings.limit, progress, lambda image: tower_pixels(image, image_settings, config)
     )
     halves = split(dataset.pictures)
     fingerprint = vision_sha256(model.weights)
@@ -128,7 +134,7 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
         outcome = _measure(model, choice, adaptive, image_settings, halves, journal, progress, settings.threads)
     finally:
         journal.close()
-    origin = _origin(model, settings, choice, dataset, halves, fingerprint)
+    origin = {**_origin(model, settings, choice, dataset, halves, fingerprint), **outcome.samples}
     result = Calibrated(settings.out, masked_out, *outcome.documents(origin), model.note)
     write_file(masked_out, _encoded(result.masked))
     write_file(settings.out, _encoded(result.static))  # last: where it is new, both are
@@ -138,7 +144,7 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The schedules and all that was measured of them. `kept` is adaptive's, of each half."""
+    """The schedules and all that was measured of them. `kept` is adaptive's, of each half's samples."""
 
     model: Model
     adaptive: Schedule
@@ -149,6 +155,13 @@ class _Outcome:
     @property
     def points(self) -> list[int]:
         return self.adaptive.points(self.model.config.vision.num_hidden_layers)
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """How many tiles the pictures of each half were cut into; nothing where they were not."""
+        if not self.model.config.anyres:
+            return {}
+        return {"tiles": dict(zip(HALVES, map(len, self.kept), strict=True))}
 
     def documents(self, origin: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The static and the masked schedule's file."""
@@ -231,12 +244,11 @@ def _adaptive(model: Model, settings: ScheduleSettings) -> Schedule:
         ConfigError: a selector or budget that leaves nothing to calibrate, or tokens out of range.
     """
     patches = model.config.vision.patches
-    asked = default_tokens(patches) if settings.tokens is None else settings.tokens
-    tokens = patches if asked == "all" else int(asked)
+    tokens = make_budget(model.config, settings.tokens).tokens
     if tokens == patches:
         raise ConfigError(
-            f"tokens must be less than the {patches} patches of a picture, got {asked!r}: nothing is pruned, "
-            "so there is nothing to calibrate."
+            f"tokens must be less than the {patches} patches of a {'tile' if model.config.anyres else 'picture'}, "
+            f"got {settings.tokens!r}: nothing is pruned, so there is nothing to calibrate."
         )
     if settings.selector is not None and selector(settings.selector).one_shot:
         raise ConfigError(
@@ -255,8 +267,7 @@ def _origin(
     fingerprint: str,
 ) -> dict[str, Any]:
     """What both files say of where they come from."""
-    names = ("calibration", "held_out")
-    half = {p.sha256: name for name, pictures in zip(names, halves, strict=True) for p in pictures}
+    half = {p.sha256: name for name, pictures in zip(HALVES, halves, strict=True) for p in pictures}
     return {
         "vision_sha256": fingerprint,
         "model": model.name,

@@ -21,7 +21,7 @@ from flowcut.vision import VisionModel, VisionOutput
 
 @dataclass(frozen=True)
 class Run:
-    """What a schedule did to a picture.
+    """What a schedule did to an image.
 
     Attributes:
         kept: per pruning point the patches that left it, as a mask (see calib.patches).
@@ -35,16 +35,17 @@ class Run:
 
 
 class Tower:
-    """A checkpoint's vision tower in float32."""
+    """A checkpoint's vision tower in float32. `config` is the checkpoint's."""
 
     def __init__(self, weights: Weights) -> None:
+        self.config = weights.config
         self._layers = weights.config.vision.num_hidden_layers
         self._model = VisionModel.from_weights(weights)
         for i, layer in enumerate(self._model.get_submodule("vision_tower.vision_model.encoder.layers").children()):
             layer.register_forward_hook(partial(_check_finite, i))
 
     def run(self, pixels: NDArray[np.float32], schedule: Schedule) -> Run:
-        """Prune one picture, [1, 3, S, S].
+        """Prune one image, [1, 3, S, S]: a picture, or a tile of LLaVA-NeXT's.
 
         Raises:
             CheckpointError: finite weights that make an encoder layer's output infinite or NaN.

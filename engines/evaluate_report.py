@@ -14,7 +14,9 @@ from engines.evaluate_score import Score, by_kind, by_selector, overall
 def evaluated(console: Console, result: Evaluation) -> None:
     """Accuracy per kind of question and overall, with 95% intervals."""
     subject, scenes = result.subject, len({answer.scene for answer in result.answers})
-    console.print(Text(f"{subject.model}: {subject.tokens} of {subject.patches} patches", "bold"), soft_wrap=True)
+    inside = f", {subject.llm_tokens} inside the language model" if subject.llm_tokens else ""
+    kept = f"{subject.model}: {subject.tokens} of {subject.patches} patches{inside}"
+    console.print(Text(kept, "bold"), soft_wrap=True)
     console.print(
         f"selector {subject.selector}, schedule {subject.schedule}, {subject.backend} {subject.precision}; "
         f"{scenes} scene{'s' * (scenes != 1)} of the {result.split} split",

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from PIL import Image
 from rich.progress import Progress
 
-from engines.pipeline import BuildSettings, build_directory, token_count
+from engines.pipeline import BuildSettings, build_directory
 from engines.runtime import LlavaEngine, load_engine
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import MANIFEST, Manifest, read_manifest
-from flowcut.config import Precision
+from flowcut.budget import Budget, make_budget
+from flowcut.config import LlavaConfig, Precision
 from flowcut.deps import require
 from flowcut.errors import ConfigError
 from flowcut.prompt import question_prompt
@@ -37,8 +38,9 @@ class EvalSettings:
 
     Attributes:
         target: an engine directory, or what flowcut.aliases.resolve takes.
-        tokens, schedule, selector, precision, calibration: of a checkpoint, as in PruneSettings and BuildSettings; a
-            directory has its own. The selector "random" is random-0, random-1 and random-2 one after the other.
+        tokens, llm_tokens, schedule, selector, precision, calibration: of a checkpoint, as in PruneSettings and
+            BuildSettings; a directory has its own. The selector "random" is random-0, random-1 and random-2 one after
+            the other.
         backend: "auto", "torch" or "ort" for a checkpoint; "auto", "rtx", "trt" or "ort" for a directory.
         scenes, questions: see engines.evaluate.make_pages.
         threads: of PyTorch or of ONNX Runtime on the CPU; None leaves it to choose.
@@ -57,6 +59,7 @@ class EvalSettings:
     questions: int | None = None
     threads: int | None = None
     answers: Path | None = None
+    llm_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("scenes", "questions", "threads"):
@@ -66,11 +69,16 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked. `schedule` is its kind; `note` is the model's."""
+    """Who is asked. `schedule` is its kind; `note` is the model's.
+
+    `tokens` of `patches` are a picture's, of LLaVA-NeXT those of all its tiles; `llm_tokens` stay inside the language
+    model, None: all.
+    """
 
     model: str
     note: str
     tokens: int
+    llm_tokens: int | None
     patches: int
     selector: str
     schedule: str
@@ -123,8 +131,8 @@ class EngineAnswerer:
 
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         """See Answerer."""
-        both = zip(pictures, questions, strict=True)
-        pairs = [(picture, question_prompt(text)) for picture, texts in both for text in texts]
+        both, anyres = zip(pictures, questions, strict=True), self._engine.manifest.geometry.anyres
+        pairs = [(picture, question_prompt(text, anyres=anyres)) for picture, texts in both for text in texts]
         answers: list[str] = []
         for start in range(0, len(pairs), self._prompts):
             some = pairs[start : start + self._prompts]
@@ -146,8 +154,7 @@ def _open_directory(settings: EvalSettings, directory: Path) -> tuple[Subject, A
     subject = Subject(
         model=manifest.model,
         note=manifest.note,
-        tokens=manifest.tokens,
-        patches=manifest.geometry.vision.patches,
+        **_visual_tokens(manifest.geometry, manifest.budget),
         selector=selector_name(manifest.schedule),
         schedule=manifest.schedule["kind"],
         backend=engine.backend,
@@ -158,16 +165,20 @@ def _open_directory(settings: EvalSettings, directory: Path) -> tuple[Subject, A
 
 def _check_built(settings: EvalSettings, manifest: Manifest, directory: Path) -> None:
     """Raise ConfigError for a setting that differs from what the directory was built with."""
-    vision, schedule = manifest.geometry.vision, manifest.schedule
+    config, schedule = manifest.geometry, manifest.schedule
+    if config.anyres:
+        make_budget(config, None, llm_tokens=settings.llm_tokens)  # which has no such option
+    asked = None if settings.tokens is None else make_budget(config, settings.tokens).asked(config)
     built: dict[str, tuple[Any, Any]] = {
-        "tokens": (settings.tokens and token_count(settings.tokens, vision.patches), manifest.tokens),
+        "tokens": (asked, manifest.budget.asked(config)),
+        "llm_tokens": (settings.llm_tokens, manifest.llm_tokens),
         "selector": (settings.selector, selector_name(schedule)),
         "schedule": (None if schedule["kind"] == "off" else settings.schedule, schedule["kind"]),
         "precision": (settings.precision, manifest.precision),
     }
     if settings.schedule and settings.schedule.endswith(".json"):
-        asked = make_schedule(settings.schedule, vision, manifest.tokens)  # without what it was calibrated on
-        built["schedule"] = asked.to_dict(), Schedule.from_dict(schedule).to_dict()
+        wanted = make_schedule(settings.schedule, config.vision, manifest.tokens)  # without what it was calibrated on
+        built["schedule"] = wanted.to_dict(), Schedule.from_dict(schedule).to_dict()
     for field, (given, own) in built.items():
         if given is not None and given != own:
             raise ConfigError(
@@ -186,12 +197,12 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
     if backend == "torch" and settings.precision not in (None, "fp32"):
         raise ConfigError(f"precision must be fp32 with torch, got {settings.precision!r}. --backend ort has others.")
     model = resolve(settings.target)
-    schedules = _schedules(settings, backend, model)
+    budget = make_budget(model.config, settings.tokens, settings.schedule or "", settings.llm_tokens)
+    schedules = _schedules(settings, backend, model, budget)
     subject = Subject(
         model=model.name,
         note=model.note,
-        tokens=schedules[0].tokens,
-        patches=schedules[0].patches,
+        **_visual_tokens(model.config, budget),
         selector=RANDOM if len(schedules) > 1 else schedules[0].selector,
         schedule=schedules[0].kind,
         backend=backend,
@@ -199,7 +210,7 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
     )
     if backend == "torch":
         require("torch", extra="torch")
-        return subject, _eager(model, schedules, settings.threads)
+        return subject, _eager(model, schedules, budget, settings.threads)
     for schedule in schedules:
         check_fixed_shapes(schedule)
     require("onnx_ir", extra="export")
@@ -207,9 +218,13 @@ def _open_checkpoint(settings: EvalSettings, progress: Progress) -> tuple[Subjec
     return subject, _exported(settings, schedules, progress)
 
 
-def _schedules(settings: EvalSettings, backend: str, model: Model) -> list[Schedule]:
-    vision = model.config.vision
-    tokens = token_count(settings.tokens, vision.patches, settings.schedule or "")
+def _visual_tokens(config: LlavaConfig, budget: Budget) -> dict[str, Any]:
+    patches = config.vision.patches * config.max_tiles
+    return {"tokens": budget.asked(config), "llm_tokens": budget.llm_tokens, "patches": patches}
+
+
+def _schedules(settings: EvalSettings, backend: str, model: Model, budget: Budget) -> list[Schedule]:
+    vision, tokens = model.config.vision, budget.tokens
     name = settings.schedule or default_schedule(settings.selector, backend)
     seeded = settings.selector == RANDOM and tokens < vision.patches
     several = [f"{RANDOM}-{seed}" for seed in range(SEEDS)] if seeded else [settings.selector]
@@ -220,9 +235,10 @@ def _loaded(name: str, engine: LlavaEngine) -> Answerers:
     yield name, EngineAnswerer(engine)
 
 
-def _eager(model: Model, schedules: Sequence[Schedule], threads: int | None) -> Answerers:
+def _eager(model: Model, schedules: Sequence[Schedule], budget: Budget, threads: int | None) -> Answerers:
     import torch
 
+    from engines.evaluate_one_by_one import OneByOne
     from engines.evaluate_torch import Eager, TorchAnswerer
 
     before = torch.get_num_threads()
@@ -230,7 +246,9 @@ def _eager(model: Model, schedules: Sequence[Schedule], threads: int | None) -> 
     try:
         eager = Eager.load(model)
         for schedule in schedules:
-            yield schedule.selector, TorchAnswerer(eager, schedule)
+            alone = model.config.anyres or budget.llm_tokens is not None
+            one = OneByOne(eager, schedule, budget.llm_tokens) if alone else TorchAnswerer(eager, schedule)
+            yield schedule.selector, one
     finally:
         torch.set_num_threads(before)
 
@@ -246,7 +264,8 @@ def _exported(settings: EvalSettings, schedules: Sequence[Schedule], progress: P
 def _build(settings: EvalSettings, schedule: Schedule, target: Path) -> BuildSettings:
     return BuildSettings(
         model=settings.target,
-        tokens=schedule.tokens,
+        tokens=settings.tokens,
+        llm_tokens=settings.llm_tokens,
         schedule=settings.schedule or default_schedule(schedule.selector, "ort"),
         selector=schedule.selector,
         precision=settings.precision or "fp32",

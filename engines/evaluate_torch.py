@@ -45,13 +45,13 @@ class Eager:
             VisionModel.from_weights(model.weights),
             LanguageModel.from_weights(model.weights),
             Tokenizer.from_file(model.tokenizer, config.image_token_id, config.text.vocab_size),
-            ImageSettings.from_directory(model.files, config.vision.image_size),
+            ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints),
             tuple(config.eos_token_ids),
         )
 
 
 class TorchAnswerer:
-    """An Answerer (see engines.evaluate_target) with any schedule and selector."""
+    """An Answerer (see engines.evaluate_target) of LLaVA-1.5 with any schedule and selector."""
 
     def __init__(self, eager: Eager, schedule: Schedule) -> None:
         self._eager, self._schedule = eager, schedule
@@ -64,7 +64,7 @@ class TorchAnswerer:
         pixels = pixel_values([open_image(picture) for picture in pictures], eager.settings)
         embeds, _ = eager.vision(torch.from_numpy(pixels), self._schedule)  # [P, T, D]
         prompts = [question_prompt(text) for texts in questions for text in texts]
-        encoded = [eager.tokenizer.encode(prompt, 1, self._schedule.tokens) for prompt in prompts]
+        encoded = [eager.tokenizer.encode(prompt, [self._schedule.tokens], self._schedule.tokens) for prompt in prompts]
         limit = eager.language.config.max_position_embeddings - NEW_TOKENS
         ids = self._generate(embeds, batch(encoded, limit), torch.tensor(counts))
         texts = iter([eager.tokenizer.decode(self._cut(row)) for row in ids])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flowcut.arguments_shared import add_model, add_selector, command
+from flowcut.arguments_shared import add_llm_tokens, add_model, add_selector, command
 
 
 def add_calibrate(commands: Any) -> None:
@@ -28,9 +28,10 @@ def _add_schedule(commands: Any) -> None:
         "choose how many patches each pruning point keeps",
         "Runs the adaptive schedule, in PyTorch, over the pictures. One half of them gives the constants of a static "
         "schedule and the capacities of a masked one, the most that was seen; on the other half both are compared with "
-        "adaptive. Run again after an interruption, it continues. The same inputs give the same bytes.",
-        "schedule, masked_schedule, model, note, tokens, selector, choose, counts, capacities, pictures, skipped, "
-        "agreement, flops_share and clamp_rate",
+        "adaptive. Of LLaVA-NeXT every tile is a sample. Run again after an interruption, it continues. The same "
+        "inputs give the same bytes.",
+        "schedule, masked_schedule, model, note, tokens, selector, choose, counts, capacities, pictures, samples, "
+        "skipped, agreement, flops_share and clamp_rate",
     )
     parser.set_defaults(command="calibrate schedule")
     add_model(parser)
@@ -66,6 +67,7 @@ def _add_quantize(commands: Any) -> None:
     )
     parser.set_defaults(command="calibrate quantize")
     add_model(parser)
+    add_llm_tokens(parser)
     _add_images(parser, limit=32)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FILE.safetensors", help="the file that --calibration takes")
@@ -81,7 +83,7 @@ def _add_quantize(commands: Any) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="put into LLaVA-1.5's template; may be repeated, pictures take them in turn (default: five general ones)",
+        help="put into the model's template; may be repeated, pictures take them in turn (default: five general ones)",
     )
     add("--decoder-layers", type=int, metavar="N", help="measure only the first N decoder layers")
 

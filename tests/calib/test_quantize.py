@@ -118,9 +118,10 @@ def transformers_ranges(model: Path, images: Path) -> dict[str, float]:
         if ours in wanted:
             layer.register_forward_pre_hook(hook(ours))
     found = resolve(str(model))
+    patches = found.config.vision.patches
     settings = ImageSettings.from_directory(found.files, found.config.vision.image_size)
     tokenizer = Tokenizer.from_file(found.tokenizer, found.config.image_token_id, found.config.text.vocab_size)
-    prompt = tokenizer.encode(question_prompt(QUESTION), 1, found.config.vision.patches)
+    prompt = tokenizer.encode(question_prompt(QUESTION), [patches], patches)
     for path in sorted(images.iterdir()):
         pixels = torch.from_numpy(pixel_values([open_image(path)], settings))
         with torch.inference_mode():

@@ -124,7 +124,7 @@ def reference(eager: Eager, page: Page, tokens: int, schedule: str, selector: st
     embeds, _ = eager.vision(pixels, make_schedule(schedule, vision, tokens, selector))
     answers = []
     for question in page.questions:
-        prompt = eager.tokenizer.encode(question_prompt(question.text), 1, tokens)
+        prompt = eager.tokenizer.encode(question_prompt(question.text), [tokens], tokens)
         ids, rows = torch.from_numpy(prompt.input_ids)[None], torch.from_numpy(prompt.image_rows)[None]
         told: list[int] = []
         for _ in range(NEW_TOKENS):
@@ -154,7 +154,7 @@ def test_answers_end_at_the_end_token(eager: Eager) -> None:
     schedule = make_schedule("adaptive", eager.vision.config.vision, 16)
     answerer = TorchAnswerer(eager, schedule)
     prompts = [question_prompt(q.text) for page in pages for q in page.questions]
-    encoded = batch([eager.tokenizer.encode(prompt, 1, 16) for prompt in prompts], 999)
+    encoded = batch([eager.tokenizer.encode(prompt, [16], 16) for prompt in prompts], 999)
     embeds, _ = eager.vision(torch.from_numpy(pixel_values([render(p.scene) for p in pages], eager.settings)), schedule)
     ids = answerer._generate(embeds, encoded, torch.tensor([6, 6]))
     ends = Eager(eager.vision, eager.language, eager.tokenizer, eager.settings, (ids[3][1],))
@@ -167,7 +167,7 @@ def test_answers_end_at_the_end_token(eager: Eager) -> None:
 def test_prompts_share_what_stands_before_the_question(model: Model) -> None:
     tokenizer = Tokenizer.from_file(model.tokenizer, model.config.image_token_id, model.config.text.vocab_size)
     texts = ["What color is the star?", "How many objects are there?"]
-    prompts = [tokenizer.encode(question_prompt(text), 1, 9) for text in texts]
+    prompts = [tokenizer.encode(question_prompt(text), [9], 9) for text in texts]
     same = [a == b for a, b in zip(*(p.input_ids.tolist() for p in prompts), strict=False)].index(False)
     assert shared(batch(prompts, 999)) == same >= 10
     assert shared(batch(prompts[:1] * 2, 999)) == len(prompts[0].input_ids) - 1  # one is left to ask the logits of
@@ -211,7 +211,7 @@ def test_result_says_all_and_answers_are_written(tmp_path: Path) -> None:
     told = json.loads(json.dumps(result.to_dict()))
     assert set(told) == {
         *("accuracy", "n", "interval", "by_type", "model", "note", "tokens", "patches", "selector", "schedule"),
-        *("backend", "precision", "seeds", "split", "scenes", "seconds"),
+        *("llm_tokens", "backend", "precision", "seeds", "split", "scenes", "seconds"),
     }
     assert (told["n"], told["scenes"], told["split"], told["tokens"], told["patches"]) == (18, 3, "test", 16, 144)
     assert (told["model"], told["selector"], told["schedule"]) == ("llava-tiny", "flowcut", "adaptive")
