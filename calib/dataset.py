@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.config import LlavaConfig
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings, open_image, pixel_values
@@ -117,7 +117,7 @@ def tower_pixels(image: Image.Image, settings: ImageSettings, config: LlavaConfi
         InputError: a picture so long and narrow that resizing it would take too much memory.
     """
     if config.anyres:
-        return image_tiles(image, settings, tiling(config, *image.size))
+        return image_tiles(image, settings, choose_tiling(config, *image.size))
     return pixel_values([image], settings)
 
 

@@ -20,7 +20,7 @@ from calib.dataset import Picture, read_picture, tower_pixels
 from calib.groups import DECODER, Group, decoder_groups, vision_groups
 from calib.inputs import Inputs, Pick
 from calib.partial import Partial
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.budget import PRUNE_LAYER
 from flowcut.checkpoint import Weights
 from flowcut.config import TextConfig
@@ -179,7 +179,7 @@ def _see(
     pixels = torch.from_numpy(tower_pixels(image, settings, model.config))
     with torch.inference_mode(), inputs.watching(model, "", sample.pick(bench.tokens_each)):
         if model.config.anyres:
-            embeds = model.see(pixels, tiling(model.config, *image.size), schedule)[0].numpy()
+            embeds = model.see(pixels, choose_tiling(model.config, *image.size), schedule)[0].numpy()
         else:
             embeds = model(pixels, schedule)[0][0].numpy()
     check_finite("image embeddings", embeds)

@@ -15,7 +15,7 @@ from torch import Tensor
 from calib.dataset import tower_pixels
 from engines.evaluate_target import NEW_TOKENS
 from engines.evaluate_torch import Eager
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.language_pruning import Reading, read, step
 from flowcut.preprocess import open_image
 from flowcut.prompt import batch, question_prompt
@@ -45,7 +45,7 @@ class OneByOne:
         config = eager.vision.config
         pixels = torch.from_numpy(tower_pixels(image, eager.settings, config))
         if config.anyres:
-            return eager.vision.see(pixels, tiling(config, *image.size), self._schedule)[0]
+            return eager.vision.see(pixels, choose_tiling(config, *image.size), self._schedule)[0]
         embeds: Tensor = eager.vision(pixels, self._schedule)[0][0]
         return embeds
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engines.session import Array
-from flowcut.anyres import NO_TOKEN, kept_patches, tiling, vision_feeds
+from flowcut.anyres import NO_TOKEN, choose_tiling, kept_patches, vision_feeds
 from flowcut.config import LlavaConfig
 from flowcut.contract import GraphContract
 from flowcut.preprocess import ImageSettings, pixel_values
@@ -33,7 +33,7 @@ class Geometry:
         """Places that each picture has in a prompt: as many as it can have visual tokens."""
         if not self.config.anyres or not images:
             return [self.tokens] * len(images)
-        tilings = [tiling(self.config, *image.size) for image in images]
+        tilings = [choose_tiling(self.config, *image.size) for image in images]
         return list(vision_feeds(self.config, self.tokens, tilings).rows)
 
     def feeds(
@@ -44,13 +44,8 @@ class Geometry:
         if not self.config.anyres:
             return {"pixel_values": pixel_values(images, settings).astype(dtype, copy=False)}
         pixels, tilings = tiled_pixels(images, settings, self.config)
-        order = vision_feeds(self.config, self.tokens, tilings)
-        return {
-            "pixel_values": pixels.astype(dtype, copy=False),
-            "tile_order": order.tile_order,
-            "image_tiles": order.image_tiles,
-            "newline_order": order.newline_order,
-        }
+        others = vision_feeds(self.config, self.tokens, tilings).arrays()
+        return {"pixel_values": pixels.astype(dtype, copy=False), **others}
 
     def left(self, kept: Tokens, results: Mapping[str, Array]) -> list[Tokens]:
         """Numbers of the patches of each picture that are left at the end.

@@ -91,7 +91,7 @@ class Pruned:
         kept = np.full((len(self.merged), max(map(len, self.merged))), -1, np.int64)
         for row, numbers in zip(kept, self.merged, strict=True):
             row[: len(numbers)] = numbers
-        grids = np.array([(each.rows, each.columns) for each in self.tilings], np.int64)
+        grids = np.array([(tiling.rows, tiling.columns) for tiling in self.tilings], np.int64)
         return whole | {"kept": kept, "grids": grids, "tile_kept": self.kept}
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Pruned:
         return {
             "kept": [numbers.tolist() for numbers in self.merged],
             "counts": self.counts.tolist(),
-            "grids": [[each.rows, each.columns] for each in self.tilings],
+            "grids": [[tiling.rows, tiling.columns] for tiling in self.tilings],
             "tile_kept": self.kept.tolist(),
         }
 
@@ -187,10 +187,10 @@ def prune_torch(model: Model, schedule: Schedule, pixels: Floats, tilings: Seque
 def merge(kept: Integers, tilings: Sequence[Tiling]) -> list[Integers]:
     """What is kept of each picture, its tiles put together, from what is kept [tiles, K] of each tile."""
     pictures, first = [], 0
-    for each in tilings:
-        places = np.take_along_axis(patch_places(each), kept[first : first + each.tiles], 1)
+    for tiling in tilings:
+        places = np.take_along_axis(patch_places(tiling), kept[first : first + tiling.tiles], 1)
         pictures.append(kept_patches(np.sort(places, axis=None)))
-        first += each.tiles
+        first += tiling.tiles
     return pictures
 
 
@@ -226,9 +226,7 @@ def _feeds(
     """All that the vision graph takes."""
     if not tilings:
         return {"pixel_values": pixels}
-    order = vision_feeds(config, schedule.tokens, tilings)
-    names = ("tile_order", "image_tiles", "newline_order")
-    return {"pixel_values": pixels, **{name: getattr(order, name) for name in names}}
+    return {"pixel_values": pixels, **vision_feeds(config, schedule.tokens, tilings).arrays()}
 
 
 def _trace(outputs: dict[str, Any]) -> list[tuple[int, list[Integers]]]:
@@ -245,9 +243,9 @@ def overlays(pruned: Pruned, pixels: Floats, settings: ImageSettings, grid: int)
         traces = [[(layer, numbers[i]) for layer, numbers in pruned.trace] for i in range(len(seen))]
         return [draw(image, trace, grid, settings.image_size) for image, trace in zip(seen, traces, strict=True)]
     pages, first = [], 0
-    for each in pruned.tilings:
-        own = slice(first, first + each.tiles)
+    for tiling in pruned.tilings:
+        own = slice(first, first + tiling.tiles)
         kept = [(layer, numbers[own]) for layer, numbers in pruned.trace]
-        pages.append(draw_tiles(seen[own], kept, each, settings.image_size))
-        first += each.tiles
+        pages.append(draw_tiles(seen[own], kept, tiling, settings.image_size))
+        first += tiling.tiles
     return pages

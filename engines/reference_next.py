@@ -37,7 +37,9 @@ class TorchTiles(TorchVision):
 
     @torch.inference_mode()
     def infer_impl(self, feed_dict: Mapping[str, Array]) -> dict[str, Array]:
-        seen = [self.model.see(tiles, each, self.schedule) for tiles, each in self._tiles(feed_dict["pixel_values"])]
+        seen = [
+            self.model.see(tiles, tiling, self.schedule) for tiles, tiling in self._tiles(feed_dict["pixel_values"])
+        ]
         slots, width = (int(dim) for dim in self.contract.outputs[0].dims[1:])
         embeds, kept = torch.zeros(len(seen), slots, width), torch.full((len(seen), slots), NO_TOKEN)
         for i, (tokens, places) in enumerate(seen):
@@ -49,7 +51,7 @@ class TorchTiles(TorchVision):
     def lead(self, pixel_values: Array, kept: Sequence[Array], score_gap: float) -> Led:
         """See TorchVision; `kept` are places. Which patches of the padding a tile kept cannot be seen in them."""
         embeds, measured = [], []
-        for (tiles, each), own in zip(self._tiles(pixel_values), kept, strict=True):
+        for (tiles, tiling), own in zip(self._tiles(pixel_values), kept, strict=True):
             led = [
                 self.lead_one(
                     tile[None],
@@ -57,17 +59,17 @@ class TorchTiles(TorchVision):
                     score_gap,
                     torch.from_numpy(np.flatnonzero(places == NO_TOKEN)),
                 )
-                for tile, places in zip(tiles, patch_places(each), strict=True)
+                for tile, places in zip(tiles, patch_places(tiling), strict=True)
             ]
             tokens = torch.cat([one.embeds for one in led]), torch.stack([one.kept for one in led])
-            embeds.append(pack(*tokens, each, self.model.image_newline)[0].numpy())
+            embeds.append(pack(*tokens, tiling, self.model.image_newline)[0].numpy())
             measured += [one.gaps for one in led]
         widest, firm, closest = zip(*measured, strict=True)
         return Led(embeds, max(widest), max(firm), min(closest))
 
     def _tiles(self, pixel_values: Array) -> list[tuple[Tensor, Tiling]]:
         pixels = torch.from_numpy(pixel_values).float()
-        parts = torch.split(pixels, [each.tiles for each in self.tilings])
+        parts = torch.split(pixels, [tiling.tiles for tiling in self.tilings])
         return list(zip(parts, self.tilings, strict=True))
 
 

@@ -15,7 +15,7 @@ from engines.ask import Answer, Question
 from engines.pipeline import Built
 from engines.prune import Outcome, Pruned
 from engines.runtime import LlavaEngine
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
 from flowcut.preprocess import open_image
@@ -221,7 +221,7 @@ class _Map(NamedTuple):
 def _maps(config: LlavaConfig, size: tuple[int, int], kept: list[int], marks: str) -> list[_Map]:
     """One map of a picture; of LLaVA-NeXT's the base tile, then the grid of the others without its padding."""
     side = config.vision.grid
-    cut = tiling(config, *size)
+    cut = choose_tiling(config, *size)
     base = _map(
         "base", {divmod(number, side) for number in kept if number < side * side}, range(side), range(side), marks
     )

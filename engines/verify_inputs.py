@@ -9,7 +9,7 @@ import numpy as np
 
 from engines.runners import Feeds
 from engines.session import Array
-from flowcut.anyres import Tiling, image_slots, tiling, vision_feeds
+from flowcut.anyres import Tiling, choose_tiling, image_slots, vision_feeds
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
 from flowcut.contract import pruned_limit
@@ -40,20 +40,14 @@ def tilings(config: LlavaConfig, count: int) -> list[Tiling]:
     """How `count` pictures are cut; none where they are not."""
     side = config.vision.image_size
     shapes = [SHAPES[i % len(SHAPES)] for i in range(count)] if config.anyres else []
-    return [tiling(config, max(1, round(w * side)), max(1, round(h * side))) for w, h in shapes]
+    return [choose_tiling(config, max(1, round(w * side)), max(1, round(h * side))) for w, h in shapes]
 
 
 def vision_inputs(manifest: Manifest, pixels: Array, cuts: Sequence[Tiling]) -> Feeds:
     """The vision graph's."""
     if not manifest.geometry.anyres:
         return {"pixel_values": pixels}
-    order = vision_feeds(manifest.geometry, manifest.tokens, cuts)
-    return {
-        "pixel_values": pixels,
-        "tile_order": order.tile_order,
-        "image_tiles": order.image_tiles,
-        "newline_order": order.newline_order,
-    }
+    return {"pixel_values": pixels, **vision_feeds(manifest.geometry, manifest.tokens, cuts).arrays()}
 
 
 def pictures(count: int, size: int, seed: int) -> Array:

@@ -56,7 +56,7 @@ def packed(b: GraphBuilder, tiles: Tiles, contract: GraphContract) -> tuple[ir.V
     """
     sizes = {spec.name: spec.dims for spec in contract.inputs}
     slots, width = (int(dim) for dim in contract.outputs[0].dims[1:])
-    most, newlines = int(sizes["image_tiles"][1]), int(sizes["newline_order"][1])
+    most, newlines = int(sizes["image_tiles"][1]), int(sizes["newline_places"][1])
     keep = (slots - newlines) // most
     none = b.const(np.full((1, keep), NO_TOKEN), "int64")
     places = b.op("Gather", b.op("Concat", none, tiles.order, axis=0), tiles.of_image, axis=0)  # [I, most, K]

@@ -88,10 +88,10 @@ def _pictures(
     contract: GraphContract,
 ) -> dict[str, ir.Value]:
     """LLaVA-NeXT's outputs from the tiles' [tiles, T, text hidden] and the inputs that follow the pixels."""
-    tile_order, image_tiles, newline_order = feeds
+    tile_places, image_tiles, newline_places = feeds
     with b.scope("packing"):
-        order = b.op("GatherElements", tile_order, tile_kept, axis=1)
-        tiles = Tiles(embeds, order, image_tiles, newline_order, tower.newline())
+        order = b.op("GatherElements", tile_places, tile_kept, axis=1)
+        tiles = Tiles(embeds, order, image_tiles, newline_places, tower.newline())
         embeds, kept, lengths = packed(b, tiles, contract)
     embeds = b.cast(embeds, tower.dtype, contract.outputs[0].dtype)
     return {"image_embeds": embeds, "kept": kept, "image_lengths": lengths}

@@ -66,19 +66,23 @@ class VisionFeeds:
     """What the vision graph takes beside the pixels of I pictures' tiles, one after the other.
 
     Attributes:
-        tile_order: [tiles, P], the place of each patch.
+        tile_places: [tiles, P], the place of each patch.
         image_tiles: [I, max_tiles], numbers of each picture's tiles counted from 1; 0 for none.
-        newline_order: [I, newlines], the places of its newlines, then NO_TOKEN.
+        newline_places: [I, newlines], the places of its newlines, then NO_TOKEN.
         rows: per picture the visual tokens that it can have at most; exact where nothing is pruned.
     """
 
-    tile_order: Integers
+    tile_places: Integers
     image_tiles: Integers
-    newline_order: Integers
+    newline_places: Integers
     rows: tuple[int, ...]
 
+    def arrays(self) -> dict[str, Integers]:
+        """The inputs by name."""
+        return {name: getattr(self, name) for name in ("tile_places", "image_tiles", "newline_places")}
 
-def tiling(config: LlavaConfig, width: int, height: int) -> Tiling:
+
+def choose_tiling(config: LlavaConfig, width: int, height: int) -> Tiling:
     """How LLaVA-NeXT cuts a picture of this size."""
     side = config.vision.image_size
     if not config.grid_pinpoints:
@@ -119,38 +123,38 @@ def vision_feeds(config: LlavaConfig, tokens: int, tilings: Sequence[Tiling]) ->
     """The vision graph's inputs for these pictures; `tokens` patches of each tile are kept."""
     pruned, slots = tokens < config.vision.patches, newline_slots(config, tokens)
     image_tiles = np.zeros((len(tilings), config.max_tiles), np.int64)
-    newline_order = np.full((len(tilings), slots), NO_TOKEN, np.int64)
+    newlines = np.full((len(tilings), slots), NO_TOKEN, np.int64)
     first = 1
-    for i, each in enumerate(tilings):
-        image_tiles[i, : each.tiles] = np.arange(first, first + each.tiles)
-        first += each.tiles
-        newlines = newline_places(each, pruned)
-        newline_order[i, : len(newlines)] = newlines
-    order = np.concatenate([patch_places(each) for each in tilings])
-    rows = tuple(_rows(each, tokens, pruned) for each in tilings)
-    return VisionFeeds(order, image_tiles, newline_order, rows)
+    for i, tiling in enumerate(tilings):
+        image_tiles[i, : tiling.tiles] = np.arange(first, first + tiling.tiles)
+        first += tiling.tiles
+        places = newline_places(tiling, pruned)
+        newlines[i, : len(places)] = places
+    patches = np.concatenate([patch_places(tiling) for tiling in tilings])
+    rows = tuple(_rows(tiling, tokens, pruned) for tiling in tilings)
+    return VisionFeeds(patches, image_tiles, newlines, rows)
 
 
-def patch_places(each: Tiling) -> Integers:
+def patch_places(tiling: Tiling) -> Integers:
     """[tiles, P]: the place of every patch, tiles row by row."""
-    side, (gh, gw) = each.side, each.grid
+    side, (gh, gw) = tiling.side, tiling.grid
     patches = side * side
     places = np.full((gh, gw), NO_TOKEN, np.int64)
-    rows, columns = each.seen
+    rows, columns = tiling.seen
     inside = np.ix_(rows, columns)
     places[inside] = 2 * (patches + np.arange(gh * gw).reshape(gh, gw)[inside])
-    tiles = places.reshape(each.rows, side, each.columns, side).swapaxes(1, 2).reshape(-1, patches)
+    tiles = places.reshape(tiling.rows, side, tiling.columns, side).swapaxes(1, 2).reshape(-1, patches)
     return np.concatenate([2 * np.arange(patches)[None], tiles])
 
 
-def newline_places(each: Tiling, pruned: bool) -> Integers:
+def newline_places(tiling: Tiling, pruned: bool) -> Integers:
     """The places of a picture's newlines. With pruning only a lone base tile has one (docs/algorithm.md 5)."""
-    patches, (_, gw) = each.side * each.side, each.grid
-    if each.tiles == 1:
+    patches, (_, gw) = tiling.side * tiling.side, tiling.grid
+    if tiling.tiles == 1:
         return np.array([2 * (patches - 1) + 1], np.int64)
     if pruned:
         return np.empty(0, np.int64)
-    rows = np.array(each.seen[0], np.int64)
+    rows = np.array(tiling.seen[0], np.int64)
     return 2 * (patches + rows * gw + gw - 1) + 1
 
 
@@ -161,9 +165,9 @@ def kept_patches(places: Integers) -> Integers:
     return patches
 
 
-def _rows(each: Tiling, tokens: int, pruned: bool) -> int:
-    newlines = len(newline_places(each, pruned))
+def _rows(tiling: Tiling, tokens: int, pruned: bool) -> int:
+    newlines = len(newline_places(tiling, pruned))
     if pruned:
-        return each.tiles * tokens + newlines
-    rows, columns = each.seen
-    return tokens + (len(rows) * len(columns) if each.tiles > 1 else 0) + newlines
+        return tiling.tiles * tokens + newlines
+    rows, columns = tiling.seen
+    return tokens + (len(rows) * len(columns) if tiling.tiles > 1 else 0) + newlines

@@ -119,9 +119,9 @@ def vision_contract(
         name="vision",
         inputs=(
             TensorSpec("pixel_values", dtype, ("tiles", *pixels)),
-            TensorSpec("tile_order", "int64", ("tiles", vision.patches)),
+            TensorSpec("tile_places", "int64", ("tiles", vision.patches)),
             TensorSpec("image_tiles", "int64", ("images", most)),
-            TensorSpec("newline_order", "int64", ("images", newline_slots(config, tokens))),
+            TensorSpec("newline_places", "int64", ("images", newline_slots(config, tokens))),
         ),
         outputs=(embeds, kept, TensorSpec("image_lengths", "int64", ("images",))),
         ranges={"tiles": Range(1, most, most * limits.max_images), "images": images},

@@ -45,7 +45,7 @@ def draw(
 def draw_tiles(
     tiles: Sequence[Image.Image],
     kept_per_layer: Sequence[tuple[int, Sequence[NDArray[np.integer]]]],
-    each: Tiling,
+    tiling: Tiling,
     image_size: int,
 ) -> Image.Image:
     """A LLaVA-NeXT picture: a row for its base tile, below it one for the grid's tiles put together.
@@ -57,17 +57,21 @@ def draw_tiles(
         tiles: The tiles as the tower sees them, image_size x image_size (`preprocess.undo`), the base tile first.
         kept_per_layer: Layer number and per tile the numbers of the patches that leave it.
     """
-    side = each.side
+    side = tiling.side
     shown = [kept_per_layer[i] for i in _spread(len(kept_per_layer))]
     pictures = [_covered(tile, side, image_size) for tile in tiles]
     masks = [(layer, [_mask(numbers, side) for numbers in kept]) for layer, kept in shown]
     whole = np.ones((side, side), np.bool_)
     panels = _panels(pictures[0], [(layer, of[0]) for layer, of in masks], whole, _cell(PANEL, side), "base, ")
-    if each.tiles > 1:
-        sheet = Image.fromarray(_joined([np.asarray(picture) for picture in pictures[1:]], each))
-        grids = [(layer, _joined(of[1:], each)) for layer, of in masks]
+    if tiling.tiles > 1:
+        sheet = Image.fromarray(_joined([np.asarray(picture) for picture in pictures[1:]], tiling))
+        grids = [(layer, _joined(of[1:], tiling)) for layer, of in masks]
         panels += _panels(
-            sheet, grids, _seen(each), _cell(GRID_PANEL, max(each.grid)), f"{each.rows} x {each.columns} tiles, "
+            sheet,
+            grids,
+            _seen(tiling),
+            _cell(GRID_PANEL, max(tiling.grid)),
+            f"{tiling.rows} x {tiling.columns} tiles, ",
         )
     return _page(panels, 1 + len(shown))
 
@@ -90,16 +94,16 @@ def _covered(image: Image.Image, grid: int, image_size: int) -> Image.Image:
     return image.convert("RGB").crop((0, 0, covered, covered))
 
 
-def _joined(tiles: Sequence[NDArray[Any]], each: Tiling) -> NDArray[Any]:
+def _joined(tiles: Sequence[NDArray[Any]], tiling: Tiling) -> NDArray[Any]:
     """Square arrays of the grid's tiles as one: [rows * n, columns * n, ..]."""
-    rows = [np.concatenate(tiles[i : i + each.columns], 1) for i in range(0, len(tiles), each.columns)]
+    rows = [np.concatenate(tiles[i : i + tiling.columns], 1) for i in range(0, len(tiles), tiling.columns)]
     return np.concatenate(rows)
 
 
-def _seen(each: Tiling) -> NDArray[np.bool_]:
+def _seen(tiling: Tiling) -> NDArray[np.bool_]:
     """[grid], true where a patch is not in the padding."""
-    seen = np.zeros(each.grid, np.bool_)
-    seen[np.ix_(*each.seen)] = True
+    seen = np.zeros(tiling.grid, np.bool_)
+    seen[np.ix_(*tiling.seen)] = True
     return seen
 
 

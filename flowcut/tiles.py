@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowcut.anyres import Tiling, tiling
+from flowcut.anyres import Tiling, choose_tiling
 from flowcut.config import LlavaConfig
 from flowcut.image_settings import ImageSettings
 from flowcut.preprocess import normalised, resize, rgb
@@ -27,32 +27,32 @@ def tiled_pixels(
     Raises:
         InputError: see `image_tiles`.
     """
-    tilings = [tiling(config, image.width, image.height) for image in images]
-    tiles = [image_tiles(image, settings, each) for image, each in zip(images, tilings, strict=True)]
+    tilings = [choose_tiling(config, image.width, image.height) for image in images]
+    tiles = [image_tiles(image, settings, tiling) for image, tiling in zip(images, tilings, strict=True)]
     nothing = np.empty((0, 3, settings.image_size, settings.image_size), np.float32)
     return np.concatenate([nothing, *tiles]), tilings
 
 
-def image_tiles(image: Image.Image, settings: ImageSettings, each: Tiling) -> NDArray[np.float32]:
+def image_tiles(image: Image.Image, settings: ImageSettings, tiling: Tiling) -> NDArray[np.float32]:
     """[tiles, 3, S, S]: the whole picture stretched to a tile, then the grid's tiles row by row.
 
     Args:
-        each: flowcut.anyres.tiling of this picture's size.
+        tiling: flowcut.anyres.choose_tiling of this picture's size.
 
     Raises:
         InputError: a picture so long and narrow that resizing it would take too much memory.
     """
     picture, side = rgb(image), settings.image_size
     base = resize(picture, side, side, settings)
-    return normalised([base, *_grid(picture, settings, each)], settings)
+    return normalised([base, *_grid(picture, settings, tiling)], settings)
 
 
-def _grid(picture: Image.Image, settings: ImageSettings, each: Tiling) -> Iterator[Image.Image]:
+def _grid(picture: Image.Image, settings: ImageSettings, tiling: Tiling) -> Iterator[Image.Image]:
     """Tiles of the picture, as large as its aspect ratio allows, in the middle of a black sheet."""
-    if each.tiles == 1:
+    if tiling.tiles == 1:
         return
     side = settings.image_size
-    sheet = Image.new("RGB", (each.columns * side, each.rows * side))
+    sheet = Image.new("RGB", (tiling.columns * side, tiling.rows * side))
     width, height = _fitted(picture.width, picture.height, sheet.width, sheet.height)
     sheet.paste(resize(picture, width, height, settings), ((sheet.width - width) // 2, (sheet.height - height) // 2))
     for top in range(0, sheet.height, side):

@@ -72,14 +72,14 @@ class VisionModel(nn.Module):
         output = self.features(pixel_values, schedule)
         return self.multi_modal_projector(output.features), output.kept
 
-    def see(self, tiles: Tensor, each: Tiling, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    def see(self, tiles: Tensor, tiling: Tiling, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """One picture of LLaVA-NeXT: tiles [tiles, 3, S, S], the base tile first, to visual tokens in reading order.
 
         Returns:
             embeddings [n, text hidden] and their places [n] (flowcut.anyres).
         """
         embeds, kept = self(tiles, schedule)
-        return pack(embeds, kept, each, self.image_newline)
+        return pack(embeds, kept, tiling, self.image_newline)
 
 
 class ClipTower(nn.Module):

@@ -240,7 +240,7 @@ def test_decoding_with_the_cache_equals_prefilling_the_longer_prompt(
     ours, encode = engine(model, TOKENS[model]), eager(model).tokenizer.encode
     session, tokens = ours._language, ours.manifest.tokens
     answer = ours.generate(photograph(), QUESTION, 12).token_ids[0]
-    embeds = ours.prefill(photograph(), QUESTION).image_embeds
+    embeds = ours.prefill(photograph(), QUESTION).pictures["image_embeds"]
     prompt = encode(QUESTION, [tokens], tokens)
     for n in range(1, len(answer)):
         ids = np.concatenate([prompt.input_ids, answer[:n]])[None]

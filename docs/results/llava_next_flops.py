@@ -16,7 +16,7 @@ from engines.flops import Flops, count_model
 from export.language import language_model
 from export.vision import vision_model
 from flowcut.aliases import Model, resolve
-from flowcut.anyres import tiling, vision_feeds
+from flowcut.anyres import choose_tiling, vision_feeds
 from flowcut.atomic import write_file
 from flowcut.budget import make_budget
 from flowcut.contract import Limits, language_contract, vision_contract
@@ -48,7 +48,7 @@ def measured(model: Model, tokens: int | str) -> dict[str, Any]:
     """One budget: lengths, and operations of both graphs for one picture and one prompt."""
     config, budget = model.config, make_budget(model.config, tokens)
     schedule = make_schedule("static", config.vision, budget.tokens)
-    cut = tiling(config, PICTURE, PICTURE)
+    cut = choose_tiling(config, PICTURE, PICTURE)
     (visual,) = vision_feeds(config, budget.tokens, [cut]).rows
     sequence = TEXT_TOKENS + visual
     limits = Limits(max_batch=1, max_images=1, max_prompt=sequence, max_new_tokens=1)

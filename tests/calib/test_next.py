@@ -22,7 +22,7 @@ from calib.groups import linear_layers
 from calib.quantize import Quantized, QuantizeSettings, calibrate_quantize
 from calib.schedule import Calibrated, ScheduleSettings, calibrate_schedule
 from flowcut.aliases import Model, resolve
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.budget import Budget, make_budget
 from flowcut.errors import ConfigError, InputError
 from flowcut.language import LanguageModel
@@ -66,7 +66,7 @@ class Asked:
 
     def tiles(self, name: str) -> torch.Tensor:
         image = open_image(self.images / name)
-        return torch.from_numpy(image_tiles(image, self.settings, tiling(self.config, *image.size)))
+        return torch.from_numpy(image_tiles(image, self.settings, choose_tiling(self.config, *image.size)))
 
     def prompt(self, count: int) -> Any:
         text = self.config.text
@@ -222,7 +222,9 @@ def test_unpruned_ranges_are_those_of_transformers(model: Path, images: Path, tm
     with largest_inputs(theirs, ours) as largest, torch.inference_mode():
         for name, (width, height) in SIZES.items():
             (visual, _) = asked.vision.see(
-                asked.tiles(name), tiling(asked.config, width, height), make_schedule("static", asked.config.vision, 64)
+                asked.tiles(name),
+                choose_tiling(asked.config, width, height),
+                make_schedule("static", asked.config.vision, 64),
             )
             theirs(
                 input_ids=torch.from_numpy(asked.prompt(len(visual)).input_ids)[None],
@@ -247,7 +249,7 @@ def test_pruned_the_decoders_ranges_are_of_what_is_left(
         torch.inference_mode(),
     ):
         for name, size in SIZES.items():
-            visual, _ = asked.vision.see(asked.tiles(name), tiling(asked.config, *size), static)
+            visual, _ = asked.vision.see(asked.tiles(name), choose_tiling(asked.config, *size), static)
             prompt = asked.prompt(len(visual))
             ids, rows = (torch.from_numpy(array)[None] for array in (prompt.input_ids, prompt.image_rows))
             reading = read(decoder, decoder.embed(ids, rows, visual[None]), prompt.spans.tolist(), TOKENS)

@@ -22,7 +22,7 @@ from engines.evaluate_target import NEW_TOKENS, EvalSettings
 from engines.evaluate_torch import Eager, TorchAnswerer
 from engines.pipeline import BuildSettings, build_directory
 from flowcut.aliases import Model, resolve
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.errors import ConfigError
 from flowcut.prompt import question_prompt
 from flowcut.schedule import make_schedule
@@ -89,7 +89,7 @@ def test_unpruned_llava_next_answers_as_transformers_does(found: Model, next_dir
     theirs = LlavaNextForConditionalGeneration.from_pretrained(next_directory, dtype=torch.float32)
     got = OneByOne(eager, make_schedule("static", config.vision, 64)).answer(PICTURES, [TEXTS] * 4)
     for image, answers in zip(PICTURES, got, strict=True):
-        cut = tiling(config, *image.size)
+        cut = choose_tiling(config, *image.size)
         pixels = torch.from_numpy(image_tiles(image, eager.settings, cut))
         visual, _ = eager.vision.see(pixels, cut, make_schedule("static", config.vision, 64))
         for text, answer in zip(TEXTS, answers, strict=True):

@@ -20,7 +20,7 @@ from tiny_engine import TinyEngine, write_engine
 
 from engines import load_engine
 from engines.runtime import LlavaEngine
-from flowcut.anyres import tiling
+from flowcut.anyres import choose_tiling
 from flowcut.contract import Limits
 from flowcut.errors import InputError
 from flowcut.language import LanguageModel
@@ -89,9 +89,9 @@ class Eager:
         if not self.config.anyres:
             embeds, kept = self.vision(torch.from_numpy(pixel_values([image], self.settings)), self.tiny.schedule)
             return embeds[0], kept[0]
-        each = tiling(self.config, *image.size)
+        tiling = choose_tiling(self.config, *image.size)
         embeds, places = self.vision.see(
-            torch.from_numpy(image_tiles(image, self.settings, each)), each, self.tiny.schedule
+            torch.from_numpy(image_tiles(image, self.settings, tiling)), tiling, self.tiny.schedule
         )
         return embeds, torch.where(places % 2 == 0, places // 2, -1)
 
@@ -157,7 +157,7 @@ def test_a_picture_of_any_size_is_answered_as_eagerly(
 def test_the_pictures_above_have_every_number_of_tiles_and_fewer_tokens_than_wanted(
     next_engine: LlavaEngine, eager: Eager
 ) -> None:
-    assert {tiling(eager.config, *size).tiles for size in SIZES.values()} == {3, 4, 5}
+    assert {choose_tiling(eager.config, *size).tiles for size in SIZES.values()} == {3, 4, 5}
     answer = next_engine.generate(picture(0, SIZES["1x3000"]), ONE, 1)
     assert answer.prompt_tokens == answer.pruned_prompt_tokens
     assert len(answer.kept[0][0]) < 24

@@ -19,7 +19,7 @@ from references import relative_error
 from export.builder import save
 from export.packing import MOST_SLOTS
 from export.vision import vision_model
-from flowcut.anyres import NO_TOKEN, Tiling, image_slots, tiling, vision_feeds
+from flowcut.anyres import NO_TOKEN, Tiling, choose_tiling, image_slots, vision_feeds
 from flowcut.checkpoint import Weights, open_checkpoint, random_weights
 from flowcut.config import LlavaConfig, Precision, TextConfig, VisionConfig
 from flowcut.contract import Limits, vision_contract
@@ -73,9 +73,9 @@ def run(
     dtype = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
     feeds = {
         "pixel_values": (seeded(tilings) if pixels is None else pixels).astype(dtype),
-        "tile_order": given.tile_order,
+        "tile_places": given.tile_places,
         "image_tiles": given.image_tiles,
-        "newline_order": given.newline_order,
+        "newline_places": given.newline_places,
     }
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
@@ -89,7 +89,7 @@ def seeded(tilings: Sequence[Tiling]) -> np.ndarray:
 def tilings_of(config: LlavaConfig) -> list[Tiling]:
     """Pictures of SIZES, one of 1 x 1 tiles, and one of the base tile alone."""
     return [
-        *(tiling(config, *size) for size in SIZES),
+        *(choose_tiling(config, *size) for size in SIZES),
         Tiling(50, 40, 1, 1, SIDE // 7),
         Tiling(300, 20, 0, 0, SIDE // 7),
     ]

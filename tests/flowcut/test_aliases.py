@@ -21,7 +21,7 @@ import recipe
 from tokenizers import Tokenizer
 
 from flowcut.aliases import ALIASES, ASSETS, resolve
-from flowcut.anyres import tiling, vision_feeds
+from flowcut.anyres import choose_tiling, vision_feeds
 from flowcut.checkpoint import expected_tensors
 from flowcut.config import LlavaConfig
 from flowcut.errors import CheckpointError, ConfigError
@@ -75,7 +75,7 @@ def test_transformers_processor_of_a_llava_next_alias_counts_the_tokens_that_vis
     config = LlavaConfig.from_file(directory / "config.json")
     for width, height in ((90, 50), (400, 1200), (640, 640), (9, 7)):
         batch = processor(images=np.zeros((height, width, 3), np.uint8), text="<image>", return_tensors="np")
-        feeds = vision_feeds(config, config.vision.patches, [tiling(config, width, height)])
+        feeds = vision_feeds(config, config.vision.patches, [choose_tiling(config, width, height)])
         assert (np.asarray(batch["input_ids"]) == config.image_token_id).sum() == feeds.rows[0]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from references import relative_error
 from torch import Tensor
 
-from flowcut.anyres import Tiling, tiling, vision_feeds
+from flowcut.anyres import Tiling, choose_tiling, vision_feeds
 from flowcut.checkpoint import Weights, open_checkpoint
 from flowcut.language import KVCache, LanguageModel
 from flowcut.schedule import Schedule, make_schedule
@@ -53,7 +53,7 @@ class Models:
         self.language = LanguageModel.from_weights(self.weights)
 
     def tiling(self, size: tuple[int, int]) -> Tiling:
-        return tiling(self.weights.config, *size)
+        return choose_tiling(self.weights.config, *size)
 
     def see(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Visual tokens [n, D] of one picture."""
@@ -96,7 +96,7 @@ def prompt(*visual_tokens: int) -> Tensor:
 
 
 def test_every_grid_pinpoint_is_tried(models: Models) -> None:
-    grids = {(56 * each.rows, 56 * each.columns) for each in map(models.tiling, SIZES.values())}
+    grids = {(56 * tiling.rows, 56 * tiling.columns) for tiling in map(models.tiling, SIZES.values())}
     assert grids == set(PINPOINTS)
 
 
@@ -151,17 +151,17 @@ def test_the_newline_is_the_checkpoints_own(models: Models) -> None:
 def test_pruned_tiles_give_tokens_of_the_unpruned_kind(spec: str, models: Models) -> None:
     """Each tile is pruned alone; what packing makes of that is test_packing's."""
     pixels = models.processor(picture(SIZES["nearly square"]), return_tensors="pt")["pixel_values"][0]
-    each, schedule = models.tiling(SIZES["nearly square"]), make_schedule(spec, models.weights.config.vision, 20)
+    tiling, schedule = models.tiling(SIZES["nearly square"]), make_schedule(spec, models.weights.config.vision, 20)
     with torch.inference_mode():
-        tokens, places = models.vision.see(pixels, each, schedule)
+        tokens, places = models.vision.see(pixels, tiling, schedule)
         alone = [models.vision(tile[None], schedule) for tile in pixels]
     assert places[:20].tolist() == (2 * alone[0][1][0]).tolist()
     assert relative_error(tokens[:20], alone[0][0][0]) <= 1e-5
     assert (places.diff() > 0).all()
-    rows, columns = each.seen
+    rows, columns = tiling.seen
     expected = 20
     for tile, (_, kept) in enumerate(alone[1:]):
-        r = kept[0] // 8 + 8 * (tile // each.columns)
-        c = kept[0] % 8 + 8 * (tile % each.columns)
+        r = kept[0] // 8 + 8 * (tile // tiling.columns)
+        c = kept[0] % 8 + 8 * (tile % tiling.columns)
         expected += sum(int(a) in rows and int(b) in columns for a, b in zip(r, c, strict=True))
     assert len(tokens) == len(places) == expected

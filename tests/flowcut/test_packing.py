@@ -25,29 +25,29 @@ def pictures(draw: st.DrawFn, pruned: bool) -> tuple[Tiling, Array, Array]:
     """A picture's tiling, and the embeddings [tiles, K, D] and numbers [tiles, K] of the patches kept of its tiles."""
     rows, columns = draw(st.sampled_from([(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 4), (2, 3)]))
     side = draw(st.integers(2 if pruned else 1, 5))
-    each = Tiling(draw(EDGES), draw(EDGES), rows, columns, side)
+    tiling = Tiling(draw(EDGES), draw(EDGES), rows, columns, side)
     count = draw(st.integers(1, side**2 - 1)) if pruned else side**2
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    kept = np.stack([np.sort(rng.permutation(side**2)[:count]) for _ in range(each.tiles)])
-    return each, rng.standard_normal((each.tiles, count, WIDTH), np.float32), kept
+    kept = np.stack([np.sort(rng.permutation(side**2)[:count]) for _ in range(tiling.tiles)])
+    return tiling, rng.standard_normal((tiling.tiles, count, WIDTH), np.float32), kept
 
 
-def packed(each: Tiling, embeds: Array, kept: Array) -> tuple[Array, Array]:
-    tokens, places = pack(torch.from_numpy(embeds), torch.from_numpy(kept), each, torch.from_numpy(NEWLINE))
+def packed(tiling: Tiling, embeds: Array, kept: Array) -> tuple[Array, Array]:
+    tokens, places = pack(torch.from_numpy(embeds), torch.from_numpy(kept), tiling, torch.from_numpy(NEWLINE))
     return tokens.numpy(), places.numpy()
 
 
-def spec(each: Tiling, embeds: Array, kept: Array) -> tuple[list[Array], list[int]]:
+def spec(tiling: Tiling, embeds: Array, kept: Array) -> tuple[list[Array], list[int]]:
     """What SPEC 4.1 says of pruned tiles, one patch of the grid after the other."""
-    side, patches = each.side, each.side**2
+    side, patches = tiling.side, tiling.side**2
     tokens, places = list(embeds[0]), [2 * int(p) for p in kept[0]]
-    if each.tiles == 1:
+    if tiling.tiles == 1:
         return [*tokens, NEWLINE], [*places, 2 * (patches - 1) + 1]
-    gh, gw, w, h = each.rows * side, each.columns * side, each.width, each.height
+    gh, gw, w, h = tiling.rows * side, tiling.columns * side, tiling.width, tiling.height
     above, left = ((gh - int(h * gw / w)) // 2, 0) if w / h > gw / gh else (0, (gw - int(w * gh / h)) // 2)
     for r in range(above, gh - above):
         for c in range(left, gw - left):
-            tile, patch = 1 + r // side * each.columns + c // side, r % side * side + c % side
+            tile, patch = 1 + r // side * tiling.columns + c // side, r % side * side + c % side
             for found, embedding in zip(kept[tile], embeds[tile], strict=True):
                 if found == patch:
                     tokens.append(embedding)
@@ -69,16 +69,16 @@ def test_pruned_tiles_are_read_as_specified(picture: tuple[Tiling, Array, Array]
 def test_where_nothing_is_pruned_tiles_are_read_as_transformers_reads_them(
     picture: tuple[Tiling, Array, Array],
 ) -> None:
-    each, embeds, _ = picture
+    tiling, embeds, _ = picture
     modeling = pytest.importorskip("transformers.models.llava_next.modeling_llava_next")
-    pinpoints = [[each.rows * each.side, each.columns * each.side]]
+    pinpoints = [[tiling.rows * tiling.side, tiling.columns * tiling.side]]
     config = SimpleNamespace(
-        vision_config=SimpleNamespace(image_size=each.side, patch_size=1), image_grid_pinpoints=pinpoints
+        vision_config=SimpleNamespace(image_size=tiling.side, patch_size=1), image_grid_pinpoints=pinpoints
     )
     (expected,), _ = modeling.LlavaNextModel.pack_image_features(
         SimpleNamespace(config=config),
         [torch.from_numpy(embeds)],
-        torch.tensor([[each.height, each.width]]),
+        torch.tensor([[tiling.height, tiling.width]]),
         vision_feature_select_strategy="default",
         image_newline=torch.from_numpy(NEWLINE),
     )
@@ -89,19 +89,19 @@ def test_where_nothing_is_pruned_tiles_are_read_as_transformers_reads_them(
 @given(st.booleans().flatmap(lambda pruned: st.tuples(pictures(pruned), st.just(pruned))))
 def test_tokens_are_in_the_order_of_their_places(drawn: tuple[tuple[Tiling, Array, Array], bool]) -> None:
     """The vision graph sorts the places of flowcut.anyres: this is what it must come to."""
-    (each, _, kept), pruned = drawn
-    seen = np.take_along_axis(patch_places(each), kept, 1).flatten()
+    (tiling, _, kept), pruned = drawn
+    seen = np.take_along_axis(patch_places(tiling), kept, 1).flatten()
     _, places = packed(*drawn[0])
-    assert places.tolist() == sorted([*seen[seen < 1 << 30].tolist(), *newline_places(each, pruned).tolist()])
+    assert places.tolist() == sorted([*seen[seen < 1 << 30].tolist(), *newline_places(tiling, pruned).tolist()])
     assert len(set(places.tolist())) == len(places)
 
 
 def test_a_picture_one_pixel_wide_leaves_the_base_tile_and_newlines() -> None:
-    each = Tiling(1, 3000, 3, 1, 4)
+    tiling = Tiling(1, 3000, 3, 1, 4)
     embeds, kept = np.ones((4, 16, WIDTH), np.float32), np.tile(np.arange(16), (4, 1))
-    tokens, _ = packed(each, embeds, kept)
+    tokens, _ = packed(tiling, embeds, kept)
     assert (tokens == NEWLINE).all(1).tolist() == [False] * 16 + [True] * 12
-    assert len(packed(each, embeds[:, :9], kept[:, :9])[0]) == 9
+    assert len(packed(tiling, embeds[:, :9], kept[:, :9])[0]) == 9
 
 
 def test_half_precision_stays() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from skimage import data
 
 from flowcut import preprocess
-from flowcut.anyres import Tiling, tiling
+from flowcut.anyres import Tiling, choose_tiling
 from flowcut.config import PINPOINTS, LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import InputError
 from flowcut.image_settings import ImageSettings
@@ -42,8 +42,8 @@ def reference(image: Image.Image, pinpoints: list[list[int]], side: int = SIDE, 
 
 
 def ours(image: Image.Image, pinpoints: list[list[int]], side: int = SIDE, **fields: Any) -> np.ndarray:
-    each = tiling(geometry(pinpoints, side), image.width, image.height)
-    return image_tiles(image, ImageSettings(side, side, **fields), each)
+    tiling = choose_tiling(geometry(pinpoints, side), image.width, image.height)
+    return image_tiles(image, ImageSettings(side, side, **fields), tiling)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -118,7 +118,7 @@ def test_grid_of_one_tile_is_padded_with_black_where_the_base_is_stretched() -> 
 def test_tiles_of_several_pictures_follow_each_other() -> None:
     images, own = [noise(60, 30), noise(50, 50), noise(20, 70)], ImageSettings(SIDE, SIDE)
     pixels, tilings = tiled_pixels(images, own, geometry(SMALL))
-    assert [each.tiles for each in tilings] == [3, 5, 4]
+    assert [tiling.tiles for tiling in tilings] == [3, 5, 4]
     np.testing.assert_array_equal(pixels, np.concatenate([ours(image, SMALL) for image in images]))
 
 
