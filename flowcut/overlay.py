@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,32 @@ from flowcut.errors import InputError
 
 PANEL = 288  # pixels along a panel, about: a whole number of pixels per patch
 GRID_PANEL = 432  # the same along the longer side of LLaVA-NeXT's grid
-MOST_POINTS = 4  # pruning points shown of LLaVA-NeXT
+MOST_POINTS = 4  # pruning points shown of LLaVA-NeXT, the language model's among them
 GAP = 18
 CAPTION = 26
 PAPER, INK, OUTLINE = (255, 255, 255), (32, 36, 44), (255, 196, 64)
 PADDING = (52, 60, 92)
 CONTRAST, LIFT = 0.30, 40  # of a dropped patch; the lift tells it from a kept patch that is black
+LANGUAGE_MODEL = "language model"
+
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.integer]
+
+
+class _Point(NamedTuple):
+    """What is left behind a pruning point, and of what; [rows, columns], of the same size as `seen`."""
+
+    title: str
+    left: Mask
+    of: Mask
 
 
 def draw(
     image: Image.Image,
-    kept_per_layer: Sequence[tuple[int, NDArray[np.integer]]],
+    kept_per_layer: Sequence[tuple[int, Numbers]],
     grid: int,
     image_size: int,
+    left: Numbers | None = None,
 ) -> Image.Image:
     """The input and one panel per pruning point: kept patches clear and outlined, dropped ones dark and grey.
 
@@ -36,49 +49,69 @@ def draw(
         image: The picture as the tower sees it, image_size x image_size (`preprocess.undo`); patches of
             image_size // grid pixels are counted from its top left corner.
         kept_per_layer: Layer number and the original numbers of the patches that leave it.
+        left: Those that the language model leaves, which are a panel more; None: it was not asked.
     """
+    whole = np.ones((grid, grid), np.bool_)
     masks = [(layer, _mask(kept, grid)) for layer, kept in kept_per_layer]
-    panels = _panels(_covered(image, grid, image_size), masks, np.ones((grid, grid), np.bool_), _cell(PANEL, grid))
+    points = _points(masks, None if left is None else _mask(left, grid), whole)
+    panels = _panels(_covered(image, grid, image_size), points, whole, _cell(PANEL, grid))
     return _page(panels, _columns(len(panels)))
 
 
 def draw_tiles(
     tiles: Sequence[Image.Image],
-    kept_per_layer: Sequence[tuple[int, Sequence[NDArray[np.integer]]]],
+    kept_per_layer: Sequence[tuple[int, Sequence[Numbers]]],
     tiling: Tiling,
     image_size: int,
+    left: Numbers | None = None,
 ) -> Image.Image:
     """A LLaVA-NeXT picture: a row for its base tile, below it one for the grid's tiles put together.
 
-    A row has the input and at most MOST_POINTS pruning points, the first and the last among them. What is in the
-    padding of the grid is of a colour of its own and not counted, whether the tower keeps it or not.
+    A row has the input and at most MOST_POINTS pruning points, the first and the last among them; where the language
+    model was asked, its own is the last. What is in the padding of the grid is of a colour of its own and not counted,
+    whether the tower keeps it or not.
 
     Args:
         tiles: The tiles as the tower sees them, image_size x image_size (`preprocess.undo`), the base tile first.
         kept_per_layer: Layer number and per tile the numbers of the patches that leave it.
+        left: The patches of the picture that the language model leaves, as flowcut.anyres.kept_patches numbers them;
+            None: it was not asked.
     """
     side = tiling.side
-    shown = [kept_per_layer[i] for i in _spread(len(kept_per_layer))]
+    shown = [kept_per_layer[i] for i in _spread(len(kept_per_layer), MOST_POINTS - (left is not None))]
     pictures = [_covered(tile, side, image_size) for tile in tiles]
     masks = [(layer, [_mask(numbers, side) for numbers in kept]) for layer, kept in shown]
+    base, grid = (None, None) if left is None else _parts(left, tiling)
     whole = np.ones((side, side), np.bool_)
-    panels = _panels(pictures[0], [(layer, of[0]) for layer, of in masks], whole, _cell(PANEL, side), "base, ")
+    points = _points([(layer, of[0]) for layer, of in masks], base, whole)
+    panels = _panels(pictures[0], points, whole, _cell(PANEL, side), "base, ")
+    columns = len(panels)
     if tiling.tiles > 1:
         sheet = Image.fromarray(_joined([np.asarray(picture) for picture in pictures[1:]], tiling))
-        grids = [(layer, _joined(of[1:], tiling)) for layer, of in masks]
-        panels += _panels(
-            sheet,
-            grids,
-            _seen(tiling),
-            _cell(GRID_PANEL, max(tiling.grid)),
-            f"{tiling.rows} x {tiling.columns} tiles, ",
-        )
-    return _page(panels, 1 + len(shown))
+        seen, cell = _seen(tiling), _cell(GRID_PANEL, max(tiling.grid))
+        points = _points([(layer, _joined(of[1:], tiling)) for layer, of in masks], grid, seen)
+        panels += _panels(sheet, points, seen, cell, f"{tiling.rows} x {tiling.columns} tiles, ")
+    return _page(panels, columns)
 
 
-def _spread(points: int) -> list[int]:
-    """Up to MOST_POINTS of 0..points-1, evenly, with both ends."""
-    return sorted({round(i) for i in np.linspace(0, points - 1, min(points, MOST_POINTS)).tolist()})
+def _points(masks: Sequence[tuple[int, Mask]], left: Mask | None, seen: Mask) -> list[_Point]:
+    """The encoder's pruning points, counted of what is `seen`, and the language model's, of what it was given."""
+    points = [_Point(f"layer {layer}", mask & seen, seen) for layer, mask in masks]
+    if left is None:
+        return points
+    return [*points, _Point(LANGUAGE_MODEL, left, points[-1].left if points else seen)]
+
+
+def _parts(left: Numbers, tiling: Tiling) -> tuple[Mask, Mask]:
+    """What is left of the base tile and of the grid."""
+    patches, (rows, columns) = tiling.side**2, tiling.grid
+    mask = _numbered(np.asarray(left), patches + rows * columns)
+    return mask[:patches].reshape(tiling.side, tiling.side), mask[patches:].reshape(rows, columns)
+
+
+def _spread(points: int, most: int) -> list[int]:
+    """Up to `most` of 0..points-1, evenly, with both ends."""
+    return sorted({round(i) for i in np.linspace(0, points - 1, min(points, most)).tolist()})
 
 
 def _cell(panel: int, patches: int) -> int:
@@ -100,7 +133,7 @@ def _joined(tiles: Sequence[NDArray[Any]], tiling: Tiling) -> NDArray[Any]:
     return np.concatenate(rows)
 
 
-def _seen(tiling: Tiling) -> NDArray[np.bool_]:
+def _seen(tiling: Tiling) -> Mask:
     """[grid], true where a patch is not in the padding."""
     seen = np.zeros(tiling.grid, np.bool_)
     seen[np.ix_(*tiling.seen)] = True
@@ -109,42 +142,46 @@ def _seen(tiling: Tiling) -> NDArray[np.bool_]:
 
 def _panels(
     image: Image.Image,
-    masks: Sequence[tuple[int, NDArray[np.bool_]]],
-    seen: NDArray[np.bool_],
+    points: Sequence[_Point],
+    seen: Mask,
     cell: int,
     name: str = "",
 ) -> list[tuple[str, Image.Image]]:
-    """The input and a panel per pruning point, each with its caption. Masks and `seen` are [rows, columns]."""
+    """The input and a panel per pruning point, each with its caption. `seen`: [rows, columns], what is no padding."""
     rows, columns = seen.shape
     picture = _pad(image.resize((cell * columns, cell * rows), Image.Resampling.BICUBIC), seen, cell)
     panels = [(f"{name}input: {seen.sum()} patches", picture)]
-    for layer, mask in masks:
-        panel = _pad(_panel(picture, mask & seen, cell), seen, cell)
-        panels.append((f"{name}layer {layer}: {(mask & seen).sum()} of {seen.sum()}", panel))
+    for title, left, of in points:
+        panel = _pad(_panel(picture, left, cell), seen, cell)
+        panels.append((f"{name}{title}: {left.sum()} of {of.sum()}", panel))
     return panels
 
 
-def _pad(panel: Image.Image, seen: NDArray[np.bool_], cell: int) -> Image.Image:
+def _pad(panel: Image.Image, seen: Mask, cell: int) -> Image.Image:
     clear = _enlarged(seen, cell)
     return Image.fromarray(np.where(clear, np.asarray(panel), PADDING).astype(np.uint8))
 
 
-def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+def _enlarged(mask: Mask, cell: int) -> Mask:
     """[rows * cell, columns * cell, 1]."""
     return mask.repeat(cell, 0).repeat(cell, 1)[..., None]
 
 
-def _mask(kept: NDArray[np.integer], grid: int) -> NDArray[np.bool_]:
+def _mask(kept: Numbers, grid: int) -> Mask:
     """[grid, grid], true where a patch is kept."""
-    numbers = np.asarray(kept)
-    if numbers.size and not 0 <= numbers.min() <= numbers.max() < grid * grid:
-        raise InputError(f"kept must be patch numbers 0..{grid * grid - 1}, got {numbers.min()}..{numbers.max()}.")
-    mask = np.zeros(grid * grid, dtype=np.bool_)
+    return _numbered(np.asarray(kept), grid * grid).reshape(grid, grid)
+
+
+def _numbered(numbers: Numbers, patches: int) -> Mask:
+    """[patches], true at these numbers."""
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < patches:
+        raise InputError(f"kept must be patch numbers 0..{patches - 1}, got {numbers.min()}..{numbers.max()}.")
+    mask = np.zeros(patches, dtype=np.bool_)
     mask[numbers] = True
-    return mask.reshape(grid, grid)
+    return mask
 
 
-def _panel(picture: Image.Image, mask: NDArray[np.bool_], cell: int) -> Image.Image:
+def _panel(picture: Image.Image, mask: Mask, cell: int) -> Image.Image:
     colours = np.asarray(picture)
     grey = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * CONTRAST + LIFT
     panel = Image.fromarray(np.where(_enlarged(mask, cell), colours, grey).astype(np.uint8))
@@ -152,7 +189,7 @@ def _panel(picture: Image.Image, mask: NDArray[np.bool_], cell: int) -> Image.Im
     return panel
 
 
-def _outline(pen: ImageDraw.ImageDraw, mask: NDArray[np.bool_], cell: int) -> None:
+def _outline(pen: ImageDraw.ImageDraw, mask: Mask, cell: int) -> None:
     """A line around each region of kept patches, inside it: boxes around single patches would drown the picture."""
     last = cell - 1
     edges = {

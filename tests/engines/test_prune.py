@@ -10,15 +10,11 @@ from PIL import Image
 from references import relative_error
 from rich.progress import Progress
 
-from engines.prune import (
-    Pruned,
-    PruneSettings,
-    overlays,
-    prune,
-    prune_ort,
-    prune_torch,
-)
+from engines.prune import PruneSettings, overlays, prune
 from engines.prune_files import output_paths, read_pixels, write_outputs
+from engines.prune_ort import prune_ort
+from engines.prune_result import Pruned
+from engines.prune_torch import prune_torch
 from flowcut.aliases import Model, resolve
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import ImageSettings

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from engines import report
-from engines.prune import Outcome, PruneSettings, merge, prune
+from engines.prune import PruneSettings, prune
+from engines.prune_result import Outcome
+from engines.prune_torch import merge
 from flowcut.aliases import resolve
 from flowcut.anyres import Tiling
 from flowcut.errors import ConfigError, InputError

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from flowcut.anyres import Tiling
 from flowcut.errors import InputError
@@ -129,6 +131,86 @@ def test_row_has_the_first_and_the_last_pruning_point(points: int) -> None:
     if points > 1:
         assert (grid_panel(page, columns - 1)[:8, 4:8] == COLOURS[1]).all()
         assert len(set(grid_panel(page, columns - 2)[0, 4].tolist())) == 1
+
+
+@pytest.fixture
+def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All text that is drawn from now on."""
+    drawn: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: tuple[float, float], words: str, **options: Any) -> None:
+        drawn.append(words)
+        draw_text(self, place, words, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return drawn
+
+
+def test_captions_count_what_is_no_padding(captions: list[str]) -> None:
+    row = np.arange(8)  # its columns 0..3 are padding in the left tiles, 4..7 in the right ones
+    kept = [np.arange(5), row, row[:4], row[:6], row[:0]]
+    draw_tiles(TILES, [(1, [np.arange(64)] * 5), (3, kept)], TALL, 56)
+    assert captions == [
+        *("base, input: 64 patches", "base, layer 1: 64 of 64", "base, layer 3: 5 of 64"),
+        *("2 x 2 tiles, input: 128 patches", "2 x 2 tiles, layer 1: 128 of 128", "2 x 2 tiles, layer 3: 10 of 128"),
+    ]
+
+
+def test_captions_count_the_patches_of_a_picture(captions: list[str]) -> None:
+    draw(RED, [(1, np.arange(40)), (9, np.arange(7))], 8, 56, np.arange(3))
+    assert captions == ["input: 64 patches", "layer 1: 40 of 64", "layer 9: 7 of 64", "language model: 3 of 7"]
+
+
+def test_language_model_that_drops_of_all_patches_is_said(captions: list[str]) -> None:
+    draw(RED, [], 8, 56, np.arange(3))
+    assert captions == ["input: 64 patches", "language model: 3 of 64"]
+
+
+def test_outline_runs_along_the_paddings_edge() -> None:
+    """Whether or not the tower keeps patches of the padding: they are no part of a region."""
+    kept = [np.empty(0, np.int64)] * 5
+    kept[1] = np.array([3, 4])  # row 0; column 3 is padding
+    page = draw_tiles(TILES, [(1, kept)], TALL, 56)
+    cell, side = round(GRID_PANEL / 16), round(PANEL / 8) * 8
+    left, top = GAP + (16 * cell + GAP) + 4 * cell, GAP + side + CAPTION + GAP + CAPTION
+    region = (np.asarray(page.crop((left, top, left + cell, top + cell))) == OUTLINE).all(-1)
+    for edge in (region[0], region[-1], region[:, 0], region[:, -1]):
+        assert edge.all()
+    assert not region[1:-1, 1:-1].any()
+    assert not (np.asarray(page.crop((left - 4 * cell, top, left, top + 16 * cell))) == OUTLINE).all(-1).any()
+
+
+def test_what_the_language_model_leaves_is_the_last_panel_of_a_picture() -> None:
+    page = draw(RED, [(1, np.arange(64))], 8, 56, np.array([9]))
+    middles = panel(page, 2)[18::36, 18::36].reshape(64, 3)
+    assert [i for i, colour in enumerate(middles) if tuple(colour) == (220, 30, 30)] == [9]
+
+
+def test_what_the_language_model_leaves_is_the_last_panel_of_base_and_grid(captions: list[str]) -> None:
+    """Numbers of the grid count its rows of 16 patches from 64 on, the padding with them."""
+    numbers = np.arange(64)
+    trace = [(layer, [numbers[:40]] * 5) for layer in range(1, 12)]
+    page = draw_tiles(TILES, trace, TALL, 56, np.array([1, 33, 64 + 2 * 16 + 5, 64 + 9 * 16 + 11]))
+    assert len(captions) == 2 * (1 + MOST_POINTS)
+    assert [text for text in captions if "language" in text] == [
+        "base, language model: 2 of 40",
+        "2 x 2 tiles, language model: 2 of 80",
+    ]
+    assert captions[1].startswith("base, layer 1:")
+    assert captions[-2].startswith("2 x 2 tiles, layer 11:")
+    left, top = GAP + MOST_POINTS * (GRID_PANEL + GAP), GAP + CAPTION
+    middles = np.asarray(page.crop((left, top, left + PANEL, top + PANEL)))[18::36, 18::36].reshape(64, 3)
+    assert [i for i, colour in enumerate(middles) if len(set(colour.tolist())) > 1] == [1, 33]
+    got = grid_panel(page, MOST_POINTS)
+    clear = [(r, c) for r in range(16) for c in range(4, 12) if len(set(got[r, c].tolist())) > 1]
+    assert clear == [(2, 5), (9, 11)]
+
+
+@pytest.mark.parametrize("number", [-1, 64 + 256])
+def test_number_outside_the_picture_is_refused(number: int) -> None:
+    with pytest.raises(InputError, match=r"0\.\.319"):
+        draw_tiles(TILES, [], TALL, 56, np.array([number]))
 
 
 def test_lone_tile_has_one_row() -> None:
