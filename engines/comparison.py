@@ -19,7 +19,10 @@ from flowcut.contract import exchange_dtype
 
 Array = NDArray[Any]
 OK, TIE, FAILED, NOT_RUN = "ok", "tie", "FAILED", "not run"
-WEIGHTS = "weights"
+WEIGHTS, KEPT, COUNTS, EARLY = "weights", "kept_tokens", ("lengths", "pruned_lengths"), "early cache"
+"""Outputs of rows: of a decoder that drops visual tokens, which stay, how many tokens there are, and the cache of the
+layers before that."""
+_NOT_VALUES = {WEIGHTS, KEPT, *COUNTS, EARLY}
 
 
 class Led(NamedTuple):
@@ -140,12 +143,12 @@ class Report:
 
     @property
     def compared(self) -> set[str]:
-        """Graphs whose outputs were compared at least once."""
-        return {r.graph for r in self.rows if r.error is not None and r.output != WEIGHTS}
+        """Graphs whose values, those that all their layers had a part in, were compared at least once."""
+        return {r.graph for r in self.rows if r.error is not None and r.output not in _NOT_VALUES}
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and the outputs of all graphs were compared with something."""
+        """Nothing failed, and the values of all graphs were compared with something."""
         return self.compared == set(self.graphs) and all(r.verdict != FAILED for r in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,11 +189,13 @@ class Judge:
         detail = detail if math.isfinite(error) else "not finite"
         return self._row(output, error, self.tolerance.values, detail)
 
-    def values_worst(self, output: str, got: Mapping[str, Array], expected: Mapping[str, Array]) -> Row:
+    def values_worst(
+        self, output: str, got: Mapping[str, Array], expected: Mapping[str, Array], detail: str = ""
+    ) -> Row:
         """Several tensors in one row: the one that differs most, by name."""
         errors = {name: relative_error(got[name], expected[name]) for name in expected}
         worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-        return self._row(output, errors[worst], self.tolerance.values, f"greatest at {worst}")
+        return self._row(output, errors[worst], self.tolerance.values, f"greatest at {worst}{detail and ', '}{detail}")
 
     def vision(
         self, got: Mapping[str, Array], expected: Mapping[str, Array], numbers: int, lead: Lead | None
@@ -203,7 +208,7 @@ class Judge:
         patches; without `lead` only common patches are compared, which still have seen other neighbours.
         """
         if problem := kept_problem(got, numbers):
-            return [Row(self.graph, self.reference, self.runner, "kept", FAILED, detail=problem)]
+            return [self.unmeasured("kept", FAILED, problem)]
         (kept, embeds), (others, theirs) = _real(got), _real(expected)
         agreement = jaccard(kept, others)
         same = self._row("kept", 0.0, self.tolerance.score_gap)
@@ -220,6 +225,10 @@ class Judge:
             self._led_values(embeds, led),
         ]
 
+    def unmeasured(self, output: str, verdict: str, detail: str) -> Row:
+        """A verdict without figures, and why."""
+        return Row(self.graph, self.reference, self.runner, output, verdict, detail=detail)
+
     def exact(self, output: str, got: Array, expected: Array) -> Row:
         """Whole numbers that leave no room."""
         return self._row(output, float(np.abs(got - expected).max(initial=0)), 0.0)
@@ -228,10 +237,10 @@ class Judge:
         """What stays of pictures inside the decoder: `gap` is the widest between scores of those that were swapped, as
         torch has them; None where nobody knows."""
         if agreement == 1.0:
-            return self._row("kept_tokens", 0.0, self.tolerance.score_gap)
+            return self._row(KEPT, 0.0, self.tolerance.score_gap)
         if gap is None:
-            return self.unled("kept_tokens", agreement)
-        row = replace(self._row("kept_tokens", gap, self.tolerance.score_gap), reference="torch")
+            return self.unled(KEPT, agreement)
+        row = self._row(KEPT, gap, self.tolerance.score_gap)
         detail = f"agreement {agreement:.3f}; the error is the widest score gap among swapped tokens"
         return replace(row, verdict=TIE if row.verdict == OK else FAILED, detail=detail)
 
@@ -278,13 +287,18 @@ def kept_problem(outputs: Mapping[str, Array], numbers: int) -> str:
         if not 1 <= length <= len(row):
             return f"image_lengths must be in 1..{len(row)}, got {length}"
         real, rest = row[:length], row[length:]
-        if real.min() < 0 or real.max() >= numbers:
-            return f"must be in 0..{numbers - 1}, got {real.min()}..{real.max()}"
-        if (np.diff(real) <= 0).any():
-            return "must be ascending"
+        if problem := numbers_problem(real, numbers):
+            return problem
         if (rest != NO_TOKEN).any():
             return f"must be {NO_TOKEN} behind image_lengths ({length}), got {rest.min()}..{rest.max()}"
     return ""
+
+
+def numbers_problem(kept: Array, numbers: int) -> str:
+    """Why `kept` [n] cannot be ascending numbers below `numbers`; empty where it can."""
+    if len(kept) and not 0 <= kept.min() <= kept.max() < numbers:
+        return f"must be in 0..{numbers - 1}, got {kept.min()}..{kept.max()}"
+    return "must be ascending" if (np.diff(kept) <= 0).any() else ""
 
 
 SHORT = {"onnxruntime": "ort", "tensorrt_rtx": "rtx", "tensorrt": "trt"}

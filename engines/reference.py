@@ -23,7 +23,7 @@ from calib.rounding import fp8_scale, round_weight
 from engines.comparison import Led
 from engines.session import Array
 from flowcut.checkpoint import Weights
-from flowcut.config import NUMPY_DTYPE, QUANTIZED, LlavaConfig
+from flowcut.config import NUMPY_DTYPE, QUANTIZED, LlavaConfig, TextConfig
 from flowcut.contract import GraphContract, cached_layers, hidden_name, past_names, present_names
 from flowcut.language import LanguageModel, Step
 from flowcut.loading import load_module
@@ -228,7 +228,8 @@ class TorchLanguage(TorchRunner):
         feeds = {name: torch.from_numpy(array) for name, array in feed_dict.items()}
         layers, outputs = cached_layers(self.contract), dict[str, Tensor]()
         positions = feeds["pruned_position_ids" if "pruned_position_ids" in feeds else "position_ids"]
-        step, given = self._step_at(positions), feeds.get(hidden_name(layers[0]))
+        step = rounded_step(positions, self.weights.config.text, self.weights.precision)
+        given = feeds.get(hidden_name(layers[0]))
         hidden = self._embed(feeds) if given is None else given.float()
         for i in layers:
             cache = [feeds[name].to(torch.float32, copy=True) for name in past_names(i)]
@@ -243,10 +244,11 @@ class TorchLanguage(TorchRunner):
         embedded: Tensor = self.model.embed(feeds["input_ids"], feeds["image_rows"], feeds["image_embeds"].float())
         return embedded
 
-    def _step_at(self, position_ids: Tensor) -> Step:
-        dtype = getattr(torch, NUMPY_DTYPE[self.weights.precision])
-        step = Step.at(position_ids, self.weights.config.text, dtype)
-        return replace(step, cos=step.cos.float(), sin=step.sin.float())
+
+def rounded_step(position_ids: Tensor, config: TextConfig, precision: str) -> Step:
+    """The step for tokens at these positions, its rotary tables float32 but rounded as a graph's of this precision."""
+    step = Step.at(position_ids, config, getattr(torch, NUMPY_DTYPE[precision]))
+    return replace(step, cos=step.cos.float(), sin=step.sin.float())
 
 
 def round_inputs(model: nn.Module, prefix: str, weights: ExportedWeights) -> None:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from engines.comparison import Led
-from engines.reference import ExportedWeights, TorchLanguage, TorchVision, choose
+from engines.reference import ExportedWeights, TorchLanguage, TorchVision, choose, rounded_step
 from engines.session import Array
 from flowcut.anyres import NO_TOKEN, Tiling, patch_places
 from flowcut.budget import PRUNE_LAYER
-from flowcut.config import NUMPY_DTYPE, TextConfig
+from flowcut.config import TextConfig
 from flowcut.contract import GraphContract, cached_layers, hidden_name, past_names, present_names
-from flowcut.language import DecoderLayer, KVCache, LanguageModel, Step
+from flowcut.language import DecoderLayer, KVCache, LanguageModel
 from flowcut.language_pruning import Reading, Span, read, span_score, step
 from flowcut.packing import pack
 from flowcut.schedule import Schedule
@@ -78,11 +78,10 @@ class _Rounded(LanguageModel):
 
     def __init__(self, config: TextConfig, precision: str) -> None:
         super().__init__(config)
-        self.rotary_dtype: torch.dtype = getattr(torch, NUMPY_DTYPE[precision])
+        self.precision = precision
 
     def through(self, layers: range, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        now = Step.at(position_ids, self.config, self.rotary_dtype)
-        now = replace(now, cos=now.cos.float(), sin=now.sin.float())
+        now = rounded_step(position_ids, self.config, self.precision)
         for i in layers:
             hidden = self.model.layers[i](hidden, now, cache.keys[i], cache.values[i])
         return hidden

@@ -21,6 +21,7 @@ import numpy as np
 from engines.backends import MODULES, gpu_present
 from engines.comparison import (
     FAILED,
+    KEPT,
     NOT_RUN,
     OK,
     WEIGHTS,
@@ -40,7 +41,7 @@ from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_s
 from engines.session import Array, feeds_of, results_of
 from engines.stored import stored_weights, worst
 from engines.verify_inputs import Prompts, pictures, prompts, tilings, vision_inputs
-from engines.verify_rows import KEPT, decoder_values, first_finite
+from engines.verify_rows import decoder_values, first_finite, kept_problem, same_tokens
 from engines.widen import NOTE, widened_contract
 from flowcut.aliases import ALIASES, resolve
 from flowcut.anyres import Tiling
@@ -119,7 +120,8 @@ class _Verification:
         cuts = tilings(manifest.geometry, count)
         pixels = pictures(sum(each.tiles for each in cuts) or count, side, seed)
         seen = self._vision(vision, pixels.astype(vision.inputs[0].dtype), cuts)
-        asked = prompts(manifest, seen, cuts, min(samples, limits.max_batch), seed)
+        bare = self.weights is None and manifest.llm_tokens is not None
+        asked = prompts(manifest, seen, cuts, min(samples, limits.max_batch), seed, bare)
         for stage in stages:
             asked = self._language(stage, asked)
         texts = ", ".join(str(each + 1) for each in asked.steps[0]["last_token"])
@@ -154,39 +156,41 @@ class _Verification:
         feeds = [{name: step[name] for name in wanted} for step in asked.steps]
         results = self._run_all(contract, feeds, self._torch_language(contract) if self.weights else None)
         for judge, got, expected in _pairs(contract, results, partial(tolerance, self.manifest.precision)):
-            followed = self._tokens(judge, contract, feeds, (got, expected), asked.kept)
-            if followed is not None:
-                self.rows += decoder_values(judge, contract, (got, followed), asked)
+            self._decoder(judge, contract, feeds, (got, expected), asked)
         passed = first_finite(results, results_of(contract), [sizes_of_feeds(contract, step) for step in feeds])
         return replace(asked, steps=[step | arrays for step, arrays in zip(asked.steps, passed, strict=True)])
 
-    def _tokens(
+    def _decoder(
         self,
         judge: Judge,
         contract: GraphContract,
         feeds: Sequence[Feeds],
         pair: tuple[list[Feeds], list[Feeds]],
-        counts: Array,
-    ) -> list[Feeds] | None:
-        """Compare which tokens stay inside the decoder, `counts` of each picture; what the values are to be compared
-        with: those of the reference, or, where it keeps others, torch's that keeps the same; None if there are none."""
+        asked: Prompts,
+    ) -> None:
+        """Compare a decoder's results with its reference's; where it keeps other visual tokens, with torch's that keeps
+        the same, or, without the checkpoint, as far as they do not depend on that."""
         got, expected = pair
-        if KEPT not in got[0]:
-            return expected
-        ours, theirs = ([row[:n] for row, n in zip(o[0][KEPT], counts, strict=True)] for o in (got, expected))
-        if any((row < 0).any() or (np.diff(row) <= 0).any() for row in ours):
-            self.rows.append(replace(judge.tokens(1.0, None), verdict=FAILED, detail="must be ascending"))
-            return None
-        agreement = jaccard(ours, theirs)
-        if agreement == 1.0 or self.weights is None:
-            self.rows.append(judge.tokens(agreement, None))
-            return expected if agreement == 1.0 else None
+        same = np.ones(len(asked.lengths), bool)
+        if KEPT in got[0]:
+            ours, theirs = ([row[:n] for row, n in zip(o[0][KEPT], asked.kept, strict=True)] for o in pair)
+            same, agreement = same_tokens(ours, theirs, asked), jaccard(ours, theirs)
+            if problem := kept_problem(got[0][KEPT], asked):
+                self.rows.append(judge.unmeasured(KEPT, FAILED, problem))
+            elif same.all() or self.weights is None:
+                self.rows.append(judge.tokens(agreement, None))
+            else:
+                expected, gap = self._led(contract, feeds, got[0][KEPT])
+                judge, same = replace(judge, reference="torch"), np.ones_like(same)
+                self.rows.append(judge.tokens(agreement, gap))
+        self.rows += decoder_values(judge, contract, (got, expected), asked, same)
+
+    def _led(self, contract: GraphContract, feeds: Sequence[Feeds], kept: Array) -> tuple[list[Feeds], float]:
+        """What torch computes when it keeps these tokens, and the widest gap between scores of those swapped."""
         torch = self._torch_language(contract)
-        torch.follow = got[0][KEPT]
+        torch.follow = kept
         with torch:
-            led = run_steps(torch, contract, feeds)
-        self.rows.append(judge.tokens(agreement, torch.gap))
-        return led
+            return run_steps(torch, contract, feeds), torch.gap
 
     def _torch_vision(self, contract: GraphContract, cuts: Sequence[Tiling]) -> TorchVision:
         from engines.reference import TorchVision

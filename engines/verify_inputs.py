@@ -16,8 +16,9 @@ from flowcut.contract import pruned_limit
 
 TEXT_TOKENS, IMAGE_AT, LENGTH_STEP, DECODE_STEPS = 24, 4, 5, 3
 """Of the prompts: text beside a picture, where it begins, by how much lengths differ, steps after the prefill."""
-SHAPES = ((2.0, 1.4), (1.0, 0.3), (0.3, 2.6), (0.2, 0.2))
-"""LLaVA-NeXT's pictures, in edges of a tile: each in turn, so that numbers of tiles differ, and some have padding."""
+SHAPES = ((1.8, 0.7), (0.7, 2.7), (2.0, 1.4), (0.3, 2.6), (0.2, 0.2))
+"""LLaVA-NeXT's pictures, in edges of a tile: each in turn, so that numbers of tiles differ, and some have padding. The
+first two, of few tiles and little padding, are to share a prompt, and to lose tokens in it."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Prompts:
     Attributes:
         steps: inputs of a prefill and of decode steps, without the cache.
         lengths, pruned_lengths: [B], tokens of each prompt, as far as real, and behind the pruning inside the decoder.
-        kept: [images], tokens that stay of each picture there.
+        tokens, kept: [images], real tokens of each picture in its prompt, and how many of them stay there.
     """
 
     steps: list[Feeds]
     lengths: Array
     pruned_lengths: Array
+    tokens: Array
     kept: Array
 
 
@@ -67,13 +69,22 @@ def pictures(count: int, size: int, seed: int) -> Array:
     return scaled
 
 
-def prompts(manifest: Manifest, seen: Mapping[str, Array], cuts: Sequence[Tiling], batch: int, seed: int) -> Prompts:
-    """A prefill of `batch` prompts, the first ones with a picture each, and decode steps of seeded tokens.
+def prompts(
+    manifest: Manifest, seen: Mapping[str, Array], cuts: Sequence[Tiling], batch: int, seed: int, bare: bool = False
+) -> Prompts:
+    """A prefill of `batch` prompts, and decode steps of seeded tokens.
 
-    seen: image_embeds and, of LLaVA-NeXT, image_lengths.
+    One prompt has the first two pictures, the following ones have one each, and those before it, if any, have none.
+    Where max_prompt has no room for these two pictures and a token of text, the prompts have one each, from the first:
+    then nothing shows how pictures of one prompt count together.
+
+    Args:
+        seen: image_embeds and, of LLaVA-NeXT, image_lengths.
+        bare: the first of several prompts is to have no picture in any case, so that none of its values depends on
+            which visual tokens stay.
     """
     rng, limits = np.random.default_rng([seed, 1]), manifest.limits
-    spans, widths = _spans(manifest, len(seen["image_embeds"]), cuts, batch)
+    spans, widths = _spans(manifest, len(seen["image_embeds"]), cuts, batch, bare)
     slots, longest = image_slots(manifest.geometry, manifest.tokens), int(widths.max())
     image_rows = np.full((batch, longest), -1)
     for i, (row, first, count) in enumerate(spans):
@@ -106,21 +117,45 @@ def prompts(manifest: Manifest, seen: Mapping[str, Array], cuts: Sequence[Tiling
         }
         for step in range(min(DECODE_STEPS, limits.max_new_tokens))
     ]
-    return Prompts([prefill, *decode], lengths, pruned_lengths, kept)
+    return Prompts([prefill, *decode], lengths, pruned_lengths, real, kept)
 
 
-def _spans(manifest: Manifest, images: int, cuts: Sequence[Tiling], batch: int) -> tuple[Array, Array]:
+def _spans(manifest: Manifest, images: int, cuts: Sequence[Tiling], batch: int, bare: bool) -> tuple[Array, Array]:
     """Sequence, first place and places of each picture [images, 3], none where there is no prompt for it, and the
     places of each prompt [batch]."""
-    geometry, tokens, limits = manifest.geometry, manifest.tokens, manifest.limits
+    geometry, tokens = manifest.geometry, manifest.tokens
     rows = vision_feeds(geometry, tokens, cuts).rows if geometry.anyres else (tokens,) * images
-    own = np.array([*rows, *[0] * batch][:batch])
-    longest = min(limits.max_prompt, max(rows) + TEXT_TOKENS)
-    widths = np.maximum(longest - LENGTH_STEP * np.arange(batch), own + 1)
-    if manifest.llm_tokens is not None:  # a prompt whose picture is smaller may be too long behind the pruning
-        most = pruned_limit(geometry, tokens, manifest.llm_tokens, limits)
-        widths = np.minimum(widths, most + np.maximum(own - manifest.llm_tokens, 0))
-    spans = np.zeros((images, 3), np.int64)
-    for i in range(min(batch, images)):
-        spans[i] = i, min(IMAGE_AT, int(widths[i]) - rows[i] - 1), rows[i]
+    paired = images > 1 and sum(rows[:2]) < _longest(manifest, rows[:2])
+    owners = _owners(images, batch, paired, bare)
+    spans, widths = np.zeros((images, 3), np.int64), np.zeros(batch, np.int64)
+    for b in range(batch):
+        own = [i for i, owner in enumerate(owners) if owner == b]
+        sizes = [rows[i] for i in own]
+        text = max(1, TEXT_TOKENS - LENGTH_STEP * b)
+        widths[b] = min(sum(sizes) + text, _longest(manifest, sizes))
+        spare, place = int(widths[b]) - sum(sizes) - 1, 0  # at least one token of text is behind the pictures
+        for i in own:
+            before = min(IMAGE_AT, spare)
+            spans[i] = b, place + before, rows[i]
+            spare, place = spare - before, place + before + rows[i]
     return spans, widths
+
+
+def _owners(images: int, batch: int, paired: bool, bare: bool) -> list[int]:
+    """The prompt of each picture, as `prompts` says; the last pictures may have none."""
+    first = 1 if bare and batch > 1 else 0
+    if not paired:
+        return list(range(first, batch))[:images]
+    used = min(images, batch - first + 1)
+    begin = batch - used + 1
+    return [begin, *range(begin, begin + used - 1)]
+
+
+def _longest(manifest: Manifest, sizes: Sequence[int]) -> int:
+    """Places that a prompt with pictures of these sizes may have: one whose pictures are small may be too long for the
+    layers behind the pruning."""
+    limits, llm_tokens = manifest.limits, manifest.llm_tokens
+    if llm_tokens is None:
+        return limits.max_prompt
+    most = pruned_limit(manifest.geometry, manifest.tokens, llm_tokens, limits)
+    return min(limits.max_prompt, most + sum(max(0, size - llm_tokens) for size in sizes))
