@@ -20,7 +20,7 @@ def quantized(console: Console, result: Quantized) -> None:
     info, tokens = result.calibration.info, result.calibration.info["tokens"]
     console.print(
         Text(
-            f"{info['model']}: {len(info['pictures'])} pictures with {tokens['visual']} visual tokens each, "
+            f"{info['model']}: {len(info['pictures'])} pictures with at most {tokens['visual']} visual tokens each, "
             f"{tokens['language']} tokens in all",
             "bold",
         ),

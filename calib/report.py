@@ -22,7 +22,7 @@ def calibrated(console: Console, result: Calibrated) -> None:
     halves = told["pictures"]
     console.print(
         Text(
-            f"{told['model']}: {told['tokens']} of {result.static['patches']} patches{_each_tile(static)}, "
+            f"{told['model']}: {told['tokens_per_tile']} of {result.static['patches']} patches{_each_tile(static)}, "
             f"{told['choose']} of {halves['calibration']} pictures; {halves['held_out']} held out",
             "bold",
         ),

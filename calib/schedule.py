@@ -39,6 +39,8 @@ from flowcut.selector import selector
 
 LOG = logging.getLogger("flowcut.calib")
 HALVES = ("calibration", "held_out")
+JOURNAL_FORMAT = 2
+"""Of the entries that calib.runs writes; what another version left is not read. 2: a list for the samples of each."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What was written: each file's path and content, and the model's note."""
+    """What was written: each file's path and content, the model's note, and the budget that was asked for."""
 
+    tokens: int
     out: Path
     masked_out: Path
     static: dict[str, Any]
@@ -91,7 +94,8 @@ class Calibrated:
             "masked_schedule": str(self.masked_out),
             "model": static["model"],
             "note": self.note,
-            "tokens": self.static["tokens"],
+            "tokens": self.tokens,
+            "tokens_per_tile": self.static["tokens"],
             "selector": self.static["selector"],
             "choose": static["choose"],
             "counts": self.static["counts"],
@@ -126,7 +130,7 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
     halves = split(dataset.pictures)
     fingerprint = vision_sha256(model.weights)
     around = circumstances((), settings.threads)
-    inputs = digest([fingerprint, adaptive.to_dict(), image_settings.to_dict(), around])
+    inputs = digest([JOURNAL_FORMAT, fingerprint, adaptive.to_dict(), image_settings.to_dict(), around])
     journal = Journal(partial_path(settings.out, directory=False), inputs)
     if len(journal):
         LOG.info("resumed: %d results are there already", len(journal))
@@ -135,7 +139,8 @@ def calibrate_schedule(settings: ScheduleSettings, progress: Progress) -> Calibr
     finally:
         journal.close()
     origin = {**_origin(model, settings, choice, dataset, halves, fingerprint), **outcome.samples}
-    result = Calibrated(settings.out, masked_out, *outcome.documents(origin), model.note)
+    asked = make_budget(config, settings.tokens).asked(config)
+    result = Calibrated(asked, settings.out, masked_out, *outcome.documents(origin), model.note)
     write_file(masked_out, _encoded(result.masked))
     write_file(settings.out, _encoded(result.static))  # last: where it is new, both are
     journal.remove()

@@ -12,13 +12,13 @@ import numpy as np
 
 from engines.pictures import Geometry
 from engines.runtime import Generation, LlavaEngine, pruning
-from flowcut.anyres import image_slots
+from flowcut.anyres import choose_tiling, image_slots
 from flowcut.budget import Budget
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import open_image
-from flowcut.prompt import IMAGE, Tokenizer, batch, question_prompt
+from flowcut.prompt import IMAGE, PLACES, Tokenizer, batch, question_prompt
 from flowcut.selector import selector_name
 
 ANSWER_TOKENS = 32
@@ -60,8 +60,7 @@ class Question:
             open_image(path)
         if (places := self.text.count(IMAGE) + len(self.images) * self.template) != len(self.images):
             raise InputError(
-                f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. "
-                f"Write it like {question_prompt('What is this?', len(self.images))!r}."
+                f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. {PLACES}"
             )
 
     def prompt(self, config: LlavaConfig) -> str:
@@ -102,20 +101,24 @@ class Answer:
     prompt_tokens: int
     latency_ms: Mapping[str, Summary]
 
-    def to_dict(self, engine: LlavaEngine) -> dict[str, Any]:
+    def to_dict(self, engine: LlavaEngine, question: Question) -> dict[str, Any]:
         """What the last line of `flowcut run` holds."""
         manifest = engine.manifest
+        config = manifest.geometry
+        cut = [choose_tiling(config, *open_image(path).size).grid for path in question.images if config.anyres]
         return {
             "answer": self.generation.texts[0],
             "token_ids": self.generation.token_ids[0],
             "ended": self.generation.ended[0],
             "kept": [numbers.tolist() for numbers in self.generation.kept[0]],
+            **({"grids": [list(grid) for grid in cut]} if config.anyres else {}),
             "prompt_tokens": self.prompt_tokens,
+            "pruned_prompt_tokens": self.generation.pruned_prompt_tokens[0],
             "latency_ms": {stage: dict(values) for stage, values in self.latency_ms.items()},
             "model": manifest.model,
             "weights": manifest.weights,
             "note": manifest.note,
-            "tokens": manifest.budget.asked(manifest.geometry),
+            "tokens": manifest.budget.asked(config),
             "llm_tokens": manifest.llm_tokens,
             "selector": selector_name(manifest.schedule),
             "schedule": manifest.schedule["kind"],

@@ -6,9 +6,10 @@
     rest        all other arithmetic, one operation per element of a node's largest input or output
 
 A multiplication and an addition are two. Attention counts every pair of query and key, masked ones too, unless
-`causal` is asked for; its softmax is not counted. Moving, choosing and converting data costs nothing, nor does what
-depends on no input. Functions are inlined, sizes of all tensors follow from the named dimensions by ONNX's shape
-inference: a graph whose shapes depend on its data cannot be counted, and the error names the node.
+`causal` is asked for; its softmax is not counted. Moving and converting data costs nothing (Gather, Transpose, Cast),
+nor does what depends on no input; choosing (TopK, Where) is in the rest. Functions are inlined, sizes of all tensors
+follow from the named dimensions by ONNX's shape inference: a graph whose shapes depend on its data cannot be counted,
+and the error names the node.
 """
 
 from __future__ import annotations

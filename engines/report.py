@@ -13,11 +13,12 @@ from rich.text import Text
 
 from engines.ask import Answer, Question
 from engines.pipeline import Built
-from engines.prune import Outcome, Pruned
+from engines.prune_result import Outcome, Pruned
 from engines.runtime import LlavaEngine
 from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
+from flowcut.contract import pruned_limit
 from flowcut.preprocess import open_image
 from flowcut.selector import FLOWCUT, selector_note
 
@@ -58,7 +59,9 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
         _field(console, "picture", str(path))
         maps = _maps(manifest.geometry, open_image(path).size, numbers.tolist(), "#." if plain else "█·")
         whole, chosen = sum(each.patches for each in maps), selector_note(manifest.schedule)
-        _field(console, "kept", f"{len(numbers)} of {whole} patches{_behind(manifest)}{chosen}")
+        few = manifest.geometry.anyres and len(numbers) < (manifest.llm_tokens or 0)
+        padding = "; those in the padding are gone" * few
+        _field(console, "kept", f"{len(numbers)} of {whole} patches{_behind(manifest)}{padding}{chosen}")
         for each in maps:
             if len(maps) > 1:
                 _field(console, "", each.title)
@@ -93,16 +96,30 @@ def pruned(console: Console, outcome: Outcome) -> None:
             table.add_row(name, str(patches), *[str(len(numbers[i])) for _, numbers in result.trace])
         console.print(table)
     else:
-        console.print(f"Nothing is pruned: all {patches} patches{' of every tile' * bool(result.tilings)} stay.")
+        where = " in the encoder" * (result.left is not None)
+        console.print(f"Nothing is pruned{where}: all {patches} patches{' of every tile' * bool(result.tilings)} stay.")
     for i, (numbers, each) in enumerate(zip(result.merged, result.tilings, strict=True)):
         dropped = each.tiles * outcome.schedule.tokens - len(numbers)
         _field(console, f"{i}", f"{len(numbers)} patches of {each.tiles} tiles; {dropped} more were in the padding")
-    if outcome.llm_tokens is not None:
-        console.print(f"After its second layer the language model leaves at most {outcome.llm_tokens} of a picture's.")
+    _say_left(console, outcome)
     for path in outcome.written:
         _field(console, "wrote", path)
     if outcome.note:
         console.print(f"{outcome.note}: which patches are kept means nothing.")
+
+
+def _say_left(console: Console, outcome: Outcome) -> None:
+    """What the language model leaves of each picture; without a question only how many it would."""
+    result = outcome.pruned
+    if result.left is None:
+        if outcome.llm_tokens is not None:
+            most = f"at most {outcome.llm_tokens} of a picture's"
+            console.print(f"After its second layer the language model leaves {most}; --question TEXT shows which.")
+        return
+    _heading(console, "language model: patches left after its second layer")
+    _field(console, "question", " ".join((outcome.question or "").split()))
+    for i, (numbers, kept) in enumerate(zip(result.left, result.encoder, strict=True)):
+        _field(console, f"{i}", f"{len(numbers)} of {len(kept)} patches")
 
 
 def _towers_images(result: Pruned) -> list[str]:
@@ -130,7 +147,7 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
         "language": f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"
         + f", {manifest.stages} stages" * (manifest.stages > 1),
         "at once": f"{limits.max_batch} prompts, {limits.max_images} pictures",
-        "longest": f"prompt {limits.max_prompt} tokens, answer {limits.max_new_tokens} tokens",
+        "longest": f"{_longest_prompt(manifest)}, answer {limits.max_new_tokens} tokens",
         "built": f"{manifest.created} in {sum(manifest.build_seconds.values()):.1f} s",
         "with": ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())),
     }
@@ -141,6 +158,15 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
     for name, record in sorted(manifest.files.items()):
         table.add_row(name, _size(record.bytes))
     console.print(table)
+
+
+def _longest_prompt(manifest: Manifest) -> str:
+    """With a picture and, where its tokens are dropped in the decoder, without: later layers have room for less."""
+    text, kept = f"prompt {manifest.limits.max_prompt} tokens", manifest.llm_tokens
+    if kept is None:
+        return text
+    without = pruned_limit(manifest.geometry, manifest.tokens, kept, manifest.limits)
+    return f"{text} ({without} without a picture)"
 
 
 def _precision(manifest: Manifest) -> str:

@@ -209,7 +209,8 @@ class LlavaEngine:
     def _decode(self, prefill: Prefill, pick: Pick, count: int) -> Iterator[Tokens]:
         """`count` times the next token of every sequence, [B], computed as they are asked for.
 
-        A sequence that has ended goes on being computed with what it would say next, which its owner ignores.
+        A sequence that has ended goes on being computed with what it would say next, which its owner ignores. The
+        pictures are fed again, in no sequence: a graph that drops visual tokens scores them to no effect.
         """
         tokens = pick(prefill.logits)
         yield tokens
@@ -244,7 +245,7 @@ class LlavaEngine:
             got = f"{len(entries)} entries" if isinstance(entries, list | tuple) else type(entries).__name__
             raise InputError(
                 f"images must be a list with one entry for each of {len(texts)} prompts, got {got}. "
-                "An entry is a picture or a list of pictures."
+                "An entry is a picture or a list of pictures, [] for none."
             )
         pictures = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
         limits = self.manifest.limits

@@ -7,7 +7,8 @@ Two moves along the sequence, both closed formulas of where the pictures stand, 
     prune   after layer PRUNE_LAYER each picture keeps its `llm_tokens` best rows. Applied to hidden states.
 
 Row p of the moved sequence comes from row p + shift, where shift counts the rows that were dropped before it. In a
-decode step the one picture has no rows, every shift is 0, and the same nodes change nothing.
+decode step no picture has rows, every shift is 0, and the same nodes change nothing; they are computed all the same,
+FlowScore over `slots` rows of each picture that is fed.
 
 Letters: B sequences, I pictures, S positions, M rows that a picture can have, T rows that it keeps.
 """

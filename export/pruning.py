@@ -129,7 +129,7 @@ class PruningSteps:
         return b.op("Mod", ordered, b.const(self._patches, "int64"))
 
     def _masked_count(self, layer: int, capacity: int, entropy_ratio: ir.Value) -> ir.Value:
-        """SPEC 3: min(rule, capacity) with the valid count as N; float32 [images, 1]."""
+        """min(rule, capacity) with the valid count as N (docs/algorithm.md 3); float32 [images, 1]."""
         b, tokens = self._b, self._b.const(self._schedule.tokens, "float32")
         root = b.const(layers_left(self._vision.num_hidden_layers, layer) ** 0.5, "float32")
         count = self._valid_count

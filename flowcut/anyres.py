@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowcut.config import LlavaConfig
+from flowcut.errors import ConfigError
 
 Integers = NDArray[np.int64]
 NO_TOKEN = 1 << 30
@@ -39,6 +40,13 @@ class Tiling:
     rows: int
     columns: int
     side: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("width", 1), ("height", 1), ("rows", 0), ("columns", 0), ("side", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"tiling's {name} must be at least {least}, got {getattr(self, name)!r}.")
+        if bool(self.rows) != bool(self.columns):
+            raise ConfigError(f"tiling's rows and columns must both be 0 or neither, got {self.rows}, {self.columns}.")
 
     @property
     def tiles(self) -> int:

@@ -163,11 +163,14 @@ def _add_prune(commands: Any) -> None:
         commands,
         "prune",
         "show which patches of a picture survive",
-        "Runs the vision tower alone, in float32. Of LLaVA-NeXT it sees every tile, and what is kept of a picture's "
-        "tiles is put together: the budget itself is reached inside the language model, which does not run here.",
+        "Runs the vision tower, in float32. Of LLaVA-NeXT it sees every tile, and what is kept of a picture's tiles is "
+        "put together: the budget itself is reached inside the language model. That runs with --question only, its "
+        "first two layers. A 7B then takes 2 GB of memory in all with torch; with ort 2.6 GB, and as much disk for a "
+        "while.",
         "kept, counts, schedule, note and written; of LLaVA-NeXT kept and grids (rows and columns of tiles) are the "
-        "pictures', counts and tile_kept the tiles', and llm_tokens is what the language model would leave of a "
-        "picture",
+        "pictures', counts and tile_kept the tiles', and llm_tokens is what the language model leaves of a picture at "
+        "most. With --question there are question and llm_tokens, kept is what the language model leaves and "
+        "kept_encoder what the encoder does",
     )
     add_model(parser)
     source = parser.add_mutually_exclusive_group()
@@ -178,6 +181,13 @@ def _add_prune(commands: Any) -> None:
         "--pixels", type=Path, metavar="FILE.npy", help="LLaVA-1.5: preprocessed pixel_values [B, 3, S, S]"
     )
     add = parser.add_argument
+    add(
+        "--question",
+        metavar="TEXT",
+        help="put about each picture alone: shows too what the language model drops, whose prompt's last token chooses "
+        "(LLaVA-1.5: with --llm-tokens)",
+    )
+    add_llm_tokens(parser)
     add("--schedule", help="adaptive, static, masked or a FILE.json (default: adaptive; with ort masked, its equal)")
     add_selector(parser)
     add(
@@ -191,14 +201,16 @@ def _add_prune(commands: Any) -> None:
         type=Path,
         metavar="FILE.npz",
         help="write kept [B, K], counts [B, L+1] and features [B, K, hidden]; of LLaVA-NeXT kept [pictures, N], which "
-        "ends in -1, grids [pictures, 2], and tile_kept [tiles, K], counts and features of the tiles",
+        "ends in -1, grids [pictures, 2], and tile_kept [tiles, K], counts and features of the tiles; with --question "
+        "also kept_encoder",
     )
     add(
         "--overlay",
         type=Path,
         metavar="FILE.png",
         help="draw what is left after each pruning point, of LLaVA-NeXT after at most four, in the base tile and in "
-        "the grid of the others; several pictures get FILE-0.png, FILE-1.png, ..",
+        "the grid of the others; with --question the language model's is the last; several pictures get FILE-0.png, "
+        "FILE-1.png, ..",
     )
 
 
@@ -208,8 +220,10 @@ def _add_run(commands: Any) -> None:
         "run",
         "ask an engine a question about a picture",
         "Answers greedily and prints what was kept and how long each stage took.",
-        "answer, token_ids, ended, kept, prompt_tokens, latency_ms, model, weights, note, tokens, llm_tokens, "
-        "selector, schedule, precision, vision_precision, backend and built_for",
+        "answer, token_ids, ended, kept, prompt_tokens, pruned_prompt_tokens, latency_ms, model, weights, note, "
+        "tokens, llm_tokens, selector, schedule, precision, vision_precision, backend and built_for; LLaVA-NeXT's also "
+        "has grids, each picture's rows and columns of patches: kept numbers the base tile's P patches first, then "
+        "P + row * columns + column",
     )
     _add_directory(parser)
     parser.add_argument(

@@ -30,8 +30,8 @@ def _add_schedule(commands: Any) -> None:
         "schedule and the capacities of a masked one, the most that was seen; on the other half both are compared with "
         "adaptive. Of LLaVA-NeXT every tile is a sample. Run again after an interruption, it continues. The same "
         "inputs give the same bytes.",
-        "schedule, masked_schedule, model, note, tokens, selector, choose, counts, capacities, pictures, samples, "
-        "skipped, agreement, flops_share and clamp_rate",
+        "schedule, masked_schedule, model, note, tokens, tokens_per_tile, selector, choose, counts, capacities, "
+        "pictures, samples, skipped, agreement, flops_share and clamp_rate",
     )
     parser.set_defaults(command="calibrate schedule")
     add_model(parser)

@@ -36,17 +36,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=tokens,
         metavar="K",
-        help="visual tokens kept per picture, or 'all'; of LLaVA-NeXT half as many of each tile, then as many inside "
-        "the language model (default: 11.1%% of the patches, 64 of LLaVA-1.5's 576; 160 of LLaVA-NeXT's 2880)",
+        help="visual tokens kept per picture, or 'all'; of LLaVA-NeXT, where K is even and less than twice a tile's "
+        "patches, half as many of each tile, then as many inside the language model "
+        "(default: 11.1%% of the patches, 64 of LLaVA-1.5's 576; 160 of LLaVA-NeXT's 2880)",
     )
 
 
 def add_llm_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llm-tokens",
-        type=int,
+        type=llm_tokens,
         metavar="N",
-        help="LLaVA-1.5: of these, visual tokens kept inside the language model after its second layer (default: all)",
+        help="LLaVA-1.5: of these, visual tokens kept inside the language model after its second layer, fewer than "
+        "--tokens, or 'all' (default: all)",
     )
 
 
@@ -58,6 +60,11 @@ def add_selector(parser: argparse.ArgumentParser) -> None:
         "after the last layer: cls (by that layer's attention alone), grid or random-SEED, which need no picture. "
         "These three take the schedule static only (default: flowcut)",
     )
+
+
+def llm_tokens(text: str) -> int | None:
+    found = tokens(text)
+    return None if isinstance(found, str) else found
 
 
 def tokens(text: str) -> int | str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowcut.config import LlavaConfig
+from flowcut.config import LlavaConfig, is_integer
 from flowcut.errors import ConfigError
 from flowcut.schedule import check_tokens, default_tokens, file_tokens
 
@@ -28,6 +28,12 @@ class Budget:
 
     tokens: int
     llm_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("tokens", self.tokens), ("llm_tokens", self.llm_tokens)):
+            absent = name == "llm_tokens" and value is None
+            if not absent and not (is_integer(value) and value >= 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
 
     def label(self, config: LlavaConfig) -> str:
         """For the names of directories: "64", "192to64", and the whole picture's for LLaVA-NeXT."""
@@ -57,9 +63,12 @@ def make_budget(
     else:
         patches = config.vision.patches
         chosen = (file_tokens(schedule) or default_tokens(patches)) if tokens is None else tokens
-        budget = Budget(patches if chosen == "all" else int(chosen), llm_tokens)
-        check_tokens(budget.tokens, patches)
-        _check_llm_tokens(budget)
+        kept = patches if chosen == "all" else chosen
+        if not is_integer(kept):
+            raise ConfigError(f"tokens must be an integer or 'all', got {kept!r}.")
+        check_tokens(kept, patches)
+        _check_llm_tokens(kept, llm_tokens)
+        budget = Budget(kept, llm_tokens)
     check_budget(config, budget)
     return budget
 
@@ -83,11 +92,12 @@ def _next_budget(config: LlavaConfig, tokens: int | str | None, schedule: str, l
         )
     if tokens == "all":
         return Budget(patches)
+    most = 2 * (patches - 1)
     if tokens is None:
         per_tile = file_tokens(schedule)
-        tokens = 2 * per_tile if per_tile else max(2, 2 * round(patches * config.max_tiles * NEXT_SHARE / 2))
-    most = 2 * (patches - 1)
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens % 2 or not 2 <= tokens <= most:
+        share = 2 * round(patches * config.max_tiles * NEXT_SHARE / 2)  # of very many tiles, more than half can be
+        tokens = 2 * per_tile if per_tile else min(max(2, share), most)
+    if not is_integer(tokens) or tokens % 2 or not 2 <= tokens <= most:
         raise ConfigError(
             f"tokens must be even and in 2..{most} for LLaVA-NeXT (half are kept of every tile of {patches} patches), "
             f"or 'all', got {tokens!r}."
@@ -95,10 +105,9 @@ def _next_budget(config: LlavaConfig, tokens: int | str | None, schedule: str, l
     return Budget(tokens // 2, tokens)
 
 
-def _check_llm_tokens(budget: Budget) -> None:
-    kept = budget.llm_tokens
-    if kept is not None and not (isinstance(kept, int) and not isinstance(kept, bool) and 1 <= kept < budget.tokens):
+def _check_llm_tokens(tokens: int, kept: int | None) -> None:
+    if kept is not None and not (is_integer(kept) and 1 <= kept < tokens):
         raise ConfigError(
-            f"llm_tokens must be in 1..{budget.tokens - 1} (fewer than the {budget.tokens} tokens that the encoder "
-            f"keeps), got {kept!r}."
+            f"llm_tokens must be in 1..{tokens - 1} (fewer than the {tokens} tokens that the encoder keeps), "
+            f"got {kept!r}."
         )

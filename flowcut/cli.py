@@ -157,7 +157,7 @@ def _ask(console: Console, directory: Path, backend: str, threads: int | None, q
     engine = load_engine(directory, backend, threads)
     answer = ask(engine, question)
     report.answered(console, engine, question, answer)
-    return answer.to_dict(engine)
+    return answer.to_dict(engine, question)
 
 
 def _prune(arguments: argparse.Namespace) -> Result:
@@ -170,6 +170,8 @@ def _prune(arguments: argparse.Namespace) -> Result:
         random=arguments.weights == "random",
         seed=arguments.seed,
         tokens=arguments.tokens,
+        llm_tokens=arguments.llm_tokens,
+        question=arguments.question,
         schedule=arguments.schedule,
         selector=arguments.selector,
         backend=arguments.backend,

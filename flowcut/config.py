@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from flowcut.errors import ConfigError
 
@@ -84,7 +84,7 @@ class VisionConfig:
 
     @property
     def select(self) -> int:
-        """Index after the last layer that feeds hidden state -2, less one: SPEC's `select` = L - 2."""
+        """Index after the last layer that feeds hidden state -2, less one: `select` = L - 2 of docs/algorithm.md 2."""
         return self.num_hidden_layers - 2
 
 
@@ -190,7 +190,12 @@ class LlavaConfig:
         defaults."""
         anyres = data.get("model_type") == NEXT
         if not anyres:
-            _only(data, "model_type", "llava", f"Or {NEXT!r}; take one such as llava-hf/llava-1.5-7b-hf.")
+            kind = data.get("model_type")
+            if kind not in (None, "llava"):
+                raise ConfigError(
+                    f"model_type must be 'llava' or {NEXT!r}, got {kind!r}. Take one such as llava-hf/llava-1.5-7b-hf "
+                    "or llava-hf/llava-v1.6-vicuna-7b-hf."
+                )
         _only(data, "use_image_newline_parameter", True)
         _only(data, "vision_feature_layer", -2)
         _only(data, "vision_feature_select_strategy", "default")
@@ -200,7 +205,8 @@ class LlavaConfig:
         text = _section(data, "text_config")
         _only(vision, "model_type", "clip_vision_model", prefix="vision_config.")
         _only(vision, "hidden_act", "quick_gelu", prefix="vision_config.")
-        _only(text, "model_type", "llama", prefix="text_config.")
+        remedy = "Other decoders, such as Mistral, are not supported; the vicuna checkpoints have it."
+        _only(text, "model_type", "llama", remedy, prefix="text_config.")
         _only(text, "hidden_act", "silu", prefix="text_config.")
         _only(text, "attention_bias", False, prefix="text_config.")
         _only(text, "mlp_bias", False, prefix="text_config.")
@@ -218,9 +224,9 @@ class LlavaConfig:
 def _pinpoints(value: object) -> tuple[tuple[int, ...], ...]:
     """image_grid_pinpoints; absent or null means transformers' own."""
     pairs = PINPOINTS if value is None else value
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
-        raise ConfigError(f"image_grid_pinpoints must be a list of [height, width], got {value!r}.")
-    return tuple(tuple(_integer("image_grid_pinpoints", edge) for edge in pair) for pair in pairs)
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and all(map(is_integer, pair)) for pair in pairs):
+        raise ConfigError(f"image_grid_pinpoints must be a list of [height, width] in whole pixels, got {value!r}.")
+    return tuple(map(tuple, pairs))
 
 
 def _check_pinpoint(pinpoint: tuple[int, ...], side: int) -> None:
@@ -297,9 +303,14 @@ def _only(data: Mapping[str, Any], name: str, allowed: object, remedy: str = "",
 
 
 def _integer(field: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_integer(value):
         raise ConfigError(f"{field} must be an integer, got {value!r}.")
     return value
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, which True is not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(field: str, value: object) -> float:

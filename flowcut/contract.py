@@ -181,8 +181,18 @@ def language_contracts(
 
 
 def pruned_limit(config: LlavaConfig, tokens: int, llm_tokens: int, limits: Limits) -> int:
-    """Longest prompt in the layers after the pruning: one of max_prompt tokens with one picture as large as can be."""
-    return limits.max_prompt - max(0, image_slots(config, tokens) - llm_tokens)
+    """Longest prompt in the layers after the pruning: one of max_prompt tokens with one picture as large as can be.
+
+    Raises:
+        ConfigError: max_prompt has no room for such a picture and one token of text.
+    """
+    dropped = max(0, image_slots(config, tokens) - llm_tokens)
+    if limits.max_prompt <= dropped:
+        raise ConfigError(
+            f"max_prompt must be at least {dropped + 1} where up to {dropped} visual tokens of a picture are dropped "
+            f"inside the language model, got {limits.max_prompt}."
+        )
+    return limits.max_prompt - dropped
 
 
 def stage_names(stages: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Visual tokens dropped inside the decoder, in eager PyTorch: SPEC 4.2, one sequence, rows physically gone.
+"""Visual tokens dropped inside the decoder, in eager PyTorch: docs/algorithm.md 5, one sequence, rows physically gone.
 
 The reference for the `language` graph with llm_tokens. The first two layers see the whole prompt and the others what
 was kept of it, with positions of its own, 0, 1, 2, ..; so their keys and values differ in length, and while decoding

@@ -1,7 +1,7 @@
-"""LLaVA-NeXT's visual tokens of one picture in reading order, in eager PyTorch: SPEC 4.1, with lengths as they come.
+"""LLaVA-NeXT's visual tokens of one picture in reading order, in eager PyTorch, with lengths as they come.
 
-The reference for the vision graph, which sorts by place. Here patches are put back on the grid, the padding is cropped
-off, and what is left is read row by row.
+The reference for the vision graph, which sorts by place (docs/algorithm.md 5). Here patches are put back on the grid,
+the padding is cropped off, and what is left is read row by row.
 """
 
 from __future__ import annotations

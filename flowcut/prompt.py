@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from flowcut.errors import CheckpointError, InputError
 
 IMAGE = "<image>"
+PLACES = f"Put {IMAGE} where each picture belongs, and nowhere else."
+"""The remedy for a prompt with more or fewer places than pictures, whatever the model's template."""
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions. "
@@ -106,8 +108,7 @@ class Tokenizer:
         is_image = ids == self._image_id
         if is_image.sum() != len(rows):
             raise InputError(
-                f"prompt must have one {IMAGE} for each image ({len(rows)}), got {is_image.sum()}. "
-                f"Write it like {question_prompt('What is this?', len(rows))!r}."
+                f"prompt must have one {IMAGE} for each image ({len(rows)}), got {is_image.sum()}. {PLACES}"
             )
         counts = np.array(rows, np.int64)
         repeats = np.ones(len(ids), np.int64)
@@ -140,13 +141,16 @@ def batch(encoded: Sequence[Encoded], limit: int, pruning: Pruning | None = None
     """Prompts side by side, their images numbered through: those of the first prompt, then of the second, ..
 
     Raises:
-        InputError: no prompt, or one of more than `limit` tokens, or than `pruning` allows.
+        InputError: no prompt, or one of more than `limit` tokens, or than `pruning` allows; with `pruning` also one
+            that ends with a picture, whose last token would score itself.
     """
     if not encoded:
         raise InputError("prompts must be at least one, got 0.")
     lengths = np.array([len(prompt.input_ids) for prompt in encoded], dtype=np.int64)
     for index, prompt in enumerate(encoded):
         _check_length(index, prompt, limit)
+        if pruning is not None:
+            _check_end(index, prompt)
     shape = (len(encoded), int(lengths.max()))
     input_ids, image_rows = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     first_row, spans = 0, [np.empty((0, 3), np.int64)]
@@ -176,7 +180,7 @@ def _longest_pruned(encoded: Sequence[Encoded], limit: int, pruning: Pruning | N
         lengths.append(len(prompt.input_ids) - int(dropped))
         if lengths[-1] > pruning.limit:
             raise InputError(
-                f"prompt {index} must have at most {pruning.limit} tokens where each picture's are cut to "
+                f"prompt {index} must have at most {pruning.limit} tokens once each picture in it is cut to "
                 f"{pruning.llm_tokens} inside the language model, got {lengths[-1]}. Shorten its text, or rebuild the "
                 f"engine with --max-prompt {limit + lengths[-1] - pruning.limit}."
             )
@@ -204,9 +208,7 @@ def _text(prompt: object) -> str:
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be text, got {type(prompt).__name__}.")
     if not prompt.strip():
-        raise InputError(
-            f"prompt must not be empty, got {prompt!r}. Write it like {question_prompt('What is this?')!r}."
-        )
+        raise InputError(f"prompt must not be empty, got {prompt!r}. Write a question.")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -220,4 +222,13 @@ def _check_length(index: int, prompt: Encoded, limit: int) -> None:
         raise InputError(
             f"prompt {index} must have 1..{limit} tokens, got {length} ({visual} of them visual). "
             f"Shorten it, or rebuild the engine with --max-prompt {length}."
+        )
+
+
+def _check_end(index: int, prompt: Encoded) -> None:
+    """The source of the scores may not be among the tokens that it scores (docs/algorithm.md 5)."""
+    if prompt.image_rows[-1] >= 0:
+        raise InputError(
+            f"prompt {index} must end with text where its last token chooses the visual tokens, got {IMAGE} last. "
+            "Put the question behind the pictures."
         )

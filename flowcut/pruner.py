@@ -93,7 +93,7 @@ class Pruner:
         return behind.sort(-1).values % self._patches
 
     def _masked_count(self, layer: int, scored: FlowScore, capacity: int) -> Tensor:
-        """min(rule, capacity) per image, with the valid count as N (SPEC 3)."""
+        """min(rule, capacity) per image, with the valid count as N (docs/algorithm.md 3)."""
         count, tokens, left = self._valid_count, self._schedule.tokens, layers_left(self._layers, layer)
         assert count is not None
         if left == 0:

@@ -1,4 +1,4 @@
-"""How many patches each pruning point keeps: SPEC 2 and 3 as plain arithmetic.
+"""How many patches each pruning point keeps: docs/algorithm.md 2 and 3 as plain arithmetic.
 
 Four kinds, one code path in the modules that use them:
 
@@ -45,7 +45,7 @@ def pruning_points(layers: int) -> list[int]:
 
 
 def layers_left(layers: int, layer: int) -> int:
-    """SPEC's `left`: layers between this one and the last that feeds hidden state -2."""
+    """`left` of docs/algorithm.md 2: layers between this one and the last that feeds hidden state -2."""
     return layers - 2 - layer - 1
 
 
@@ -245,8 +245,10 @@ def _load(path: Path, vision: VisionConfig, tokens: int, selector: str | None, w
     if selector is not None:
         wanted["selector"], got["selector"] = find_selector(selector).name, schedule.selector
     if wanted != got:
+        ours, theirs = ({name: side[name] for name in wanted if wanted[name] != got[name]} for side in (wanted, got))
         raise ConfigError(
-            f"schedule {path} must be made for {wanted}, got {got}. Choose another file, --tokens or --selector."
+            f"schedule {path} must be made for {ours}, got {theirs}. Choose another file, --tokens (of LLaVA-NeXT "
+            "twice the file's, which are a tile's) or --selector."
         )
     if CALIBRATION in data:
         _check_origin(path, data[CALIBRATION], vision, weights)

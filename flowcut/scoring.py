@@ -1,4 +1,4 @@
-"""Flow score of one layer (SPEC 1), as pure functions of that layer's query, key and value.
+"""Flow score of one layer (docs/algorithm.md 1), as pure functions of that layer's query, key and value.
 
 Everything is float32 and per image. Only the source row (CLS in the tower, the instruction's last token in the language
 model) is scored against the keys, so attention itself stays fused. Logits of `v[0] . v[j]` dwarf each other on real
@@ -68,9 +68,9 @@ def flow_score(
 
 
 def token_score(q: Tensor, v_source: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, M] float32: score visual tokens by what flows between them and a token that is not among them (SPEC 4.2).
+    """[B, M] float32: score visual tokens by what flows between them and a token that is not among them.
 
-    Unlike in the tower the semantic logits are scaled, and no share is lost to the source.
+    docs/algorithm.md 5: unlike in the tower the semantic logits are scaled, and no share is lost to the source.
 
     Args:
         q: [B, H, 1, d], the source's rotated query; its head i belongs to key head i // (H / Hkv).

@@ -1,6 +1,7 @@
-"""What SPEC says, computed a second time: float64, one image, one row at a time, nothing shared with the packages.
+"""What docs/algorithm.md says, computed a second time: float64, one image, one row at a time.
 
-Slow and plain on purpose. Tests compare the torch modules and the ONNX graphs with it.
+Slow and plain on purpose, nothing shared with the packages. Tests compare the torch modules and the ONNX graphs with
+it.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _entropy_ratio(p: Array) -> float:
 
 
 def adaptive_rule(layers: int, tokens: int) -> KeepRule:
-    """SPEC's rule. Python's round is half to even, as asked."""
+    """docs/algorithm.md's rule. Python's round is half to even, as asked."""
 
     def keep(layer: int, patches: int, entropy_ratio: float) -> int:
         left = layers - 2 - layer - 1
@@ -137,13 +138,13 @@ def adaptive_rule(layers: int, tokens: int) -> KeepRule:
 
 
 def capped_rule(layers: int, tokens: int, capacities: Sequence[int]) -> KeepRule:
-    """SPEC's `masked`: min(rule, capacity). Rows that are not valid take part in nothing, so here they are gone."""
+    """docs/algorithm.md's `masked`: min(rule, capacity). Invalid rows take part in nothing, so here they are gone."""
     rule, points = adaptive_rule(layers, tokens), spec_points(layers)
     return lambda layer, patches, e: min(rule(layer, patches, e), capacities[points.index(layer)])
 
 
 def constant_rule(layers: int, counts: Sequence[int]) -> KeepRule:
-    """SPEC's `static`."""
+    """docs/algorithm.md's `static`."""
     points = spec_points(layers)
     return lambda layer, patches, e: counts[points.index(layer)]
 

@@ -25,6 +25,7 @@ from references import relative_error
 from rich.progress import Progress
 
 from engines import load_engine
+from engines.ask import Question, ask
 from engines.backends import gpu_present
 from engines.pipeline import BuildSettings, Built, build_directory
 from engines.runtime import LlavaEngine
@@ -316,9 +317,15 @@ def test_engines_that_drop_tokens_inside_the_decoder_compile(
     built = build_directory(BuildSettings(backend="rtx", out_root=tmp_path, **settings), Progress(disable=True))
     assert built.reports.keys() == {"vision", "language"}
     assert check_files(built.directory, read_manifest(built.directory)) == []
-    prefill = load_engine(built.directory, "ort").prefill(photograph(), QUESTION)
+    engine = load_engine(built.directory, "ort")
+    prefill = engine.prefill(photograph(), QUESTION)
     assert len(prefill.kept[0][0]) == built.manifest.llm_tokens
     assert prefill.pruned_lengths[0] < prefill.lengths[0]
+    Image.fromarray(np.zeros((60, 110, 3), np.uint8)).save(tmp_path / "wide.png")
+    question = Question((tmp_path / "wide.png",), "What is this?", answer_tokens=1, repeats=1, template=True)
+    said = ask(engine, question).to_dict(engine, question)
+    assert said["pruned_prompt_tokens"] <= said["prompt_tokens"]
+    assert said.get("grids") == ([[8, 16]] if which == "LLaVA-NeXT" else None)
 
 
 @pytest.mark.skipif(gpu_present(), reason="there is a GPU here")

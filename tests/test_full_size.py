@@ -264,13 +264,12 @@ def test_the_page_says_what_the_checkpoint_was(written: ModuleType) -> None:
     assert "Hugging Face format, memory-mapped" in written.page({})
 
 
-def test_the_page_is_made_of_the_json(written: ModuleType, script: ModuleType) -> None:
-    if not (RESULTS / "full_size.json").is_file():
-        pytest.skip("not yet measured")
-    data = json.loads((RESULTS / "full_size.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "model"), [("", "llava-1.5-7b"), ("_llava_next", "llava-v1.6-vicuna-7b")])
+def test_the_page_is_made_of_the_json(written: ModuleType, script: ModuleType, name: str, model: str) -> None:
+    data = json.loads((RESULTS / f"full_size{name}.json").read_text(encoding="utf-8"))
     assert set(data) <= set(script.NAMES)
-    assert {row["model"] for row in data.values()} == {script.MODEL}
-    assert (RESULTS / "full_size.md").read_text(encoding="utf-8") == written.page(data)
+    assert {row["model"] for row in data.values()} == {model}
+    assert (RESULTS / f"full_size{name}.md").read_text(encoding="utf-8") == written.page(data)
 
 
 # --- the script ---

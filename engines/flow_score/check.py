@@ -121,7 +121,7 @@ def _check(launch: Launch, case: _Case, seed: int, device: str) -> KernelCheck:
 
 
 def _expected(case: _Case, qkv: list[Array], valid: NDArray[np.bool_], running: Array) -> tuple[Array, float, float]:
-    """Scores [N], entropy ratio and largest logit of one image, as SPEC has it; in logarithms."""
+    """Scores [N], entropy ratio and largest logit of one image, as docs/algorithm.md has it; in logarithms."""
     (q, source, k, v), first = qkv, case.source_in_keys
     attention = np.einsum("hgd,hsd->hgs", q, k).reshape(-1, case.keys) * case.head_size**-0.5
     similarity = np.einsum("hd,hsd->hs", source[:, 0], v)

@@ -109,6 +109,7 @@ def test_halves_are_of_pictures_and_every_tile_is_a_sample(chosen: Calibrated, a
     expected = {half: sum(TILES[name] for name in names) for half, names in halves(chosen).items()}
     assert chosen.static["calibration"]["tiles"] == expected == chosen.to_dict()["samples"]
     assert chosen.to_dict()["pictures"] == {"calibration": 2, "held_out": 2}
+    assert (chosen.to_dict()["tokens"], chosen.to_dict()["tokens_per_tile"]) == (TOKENS, TOKENS // 2)
 
 
 def test_constants_are_medians_over_tiles_of_the_calibration_half(chosen: Calibrated, asked: Asked) -> None:

@@ -306,6 +306,26 @@ def test_what_other_settings_left_is_not_used(images: Path, tmp_path: Path, monk
     assert again.out.read_bytes() == whole.out.read_bytes()
 
 
+def test_what_a_version_with_another_format_left_is_not_used(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is begun anew, also where only the entries differ: formerly they held one sample's masks, not a list."""
+    whole = calibrate(images, tmp_path / "whole.json", limit=4)
+    tower = Interrupting(monkeypatch, at=4)
+    monkeypatch.setattr("calib.schedule.JOURNAL_FORMAT", 1)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(images, tmp_path / "s.json", limit=4)
+    journal = tmp_path / ".s.json.partial"
+    begin, *entries = map(json.loads, journal.read_text().splitlines())
+    former = [begin, *(entry | {"kept": entry["kept"][0]} for entry in entries)]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in former))
+    monkeypatch.undo()
+    assert len(entries) == 3
+    again = calibrate(images, tmp_path / "s.json", limit=4)
+    assert again.out.read_bytes() == whole.out.read_bytes()
+    assert tower.runs == 4
+
+
 def test_a_picture_that_changes_meanwhile_is_refused(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

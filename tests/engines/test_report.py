@@ -14,7 +14,7 @@ from tiny_engine import write_engine
 
 from engines import load_engine, report
 from engines.ask import STAGES, Answer, Question, Summary, ask
-from engines.prune import Outcome, Pruned
+from engines.prune_result import Outcome, Pruned
 from engines.runtime import Generation
 from flowcut.aliases import ASSETS
 from flowcut.artifacts import read_manifest
@@ -104,6 +104,7 @@ def test_what_is_dropped_inside_the_decoder_is_said(console: Console, tmp_path: 
     report.inspected(console, tiny.directory, manifest)
     wide = console.export_text(clear=False)
     assert "48 of 144 patches, at most 16 of a picture behind" in wide
+    assert "prompt 64 tokens (32 without a picture), answer 32 tokens" in wide
     image = tmp_path / "a.png"
     Image.new("RGB", (50, 40), "red").save(image)
     question = Question((image,), "Why?", 2, 1, template=True)
@@ -112,8 +113,31 @@ def test_what_is_dropped_inside_the_decoder_is_said(console: Console, tmp_path: 
     text = console.export_text()
     assert "kept     16 of 144 patches, at most 16 of a picture behind the decoder's second layer" in text
     assert f"{answer.prompt_tokens} prompt tokens ({answer.prompt_tokens - 32} from the third layer on)" in text
-    said = answer.to_dict(load_engine(tiny.directory))
+    said = answer.to_dict(load_engine(tiny.directory), question)
     assert (said["tokens"], said["llm_tokens"]) == (48, 16)
+
+
+def test_one_longest_prompt_is_said_where_nothing_is_dropped_inside_the_decoder(
+    console: Console, tmp_path: Path
+) -> None:
+    tiny = write_engine(tmp_path / "e", tokens=48)
+    report.inspected(console, tiny.directory, read_manifest(tiny.directory))
+    assert "prompt 64 tokens, answer 32 tokens" in console.export_text()
+
+
+def test_what_the_language_model_leaves_is_said_picture_by_picture(console: Console) -> None:
+    vision = LlavaConfig.from_file(ASSETS / "llava-tiny" / "config.json").vision
+    kept, left = np.arange(8).reshape(2, 4), [np.array([1, 2]), np.array([5, 7])]
+    pruned = Pruned(kept, np.zeros((2, 13), np.int64), np.zeros((2, 4, 1)), [(9, list(kept))], left=left)
+    schedule = make_schedule("static", vision, 4)
+    report.pruned(console, Outcome(pruned, schedule, "", [], 2, "Where [is]\nit?"))
+    lines = console.export_text().splitlines()
+    assert lines[-4:] == [
+        "language model: patches left after its second layer",
+        "question Where [is] it?",
+        "0        2 of 4 patches",
+        "1        2 of 4 patches",
+    ]
 
 
 @pytest.mark.parametrize(

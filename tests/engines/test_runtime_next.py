@@ -268,11 +268,20 @@ def test_with_nothing_pruned_logits_equal_transformers_from_the_picture_on(made:
         assert got.kept[0][0][:64].tolist() == list(range(64))
 
 
+def test_a_picture_last_is_refused_where_it_would_score_itself(made: Made, next_engine: LlavaEngine) -> None:
+    image, message = picture(0, SIZES["tiny"]), r"prompt 0 must end with text .* got <image> last\."
+    for engine in (next_engine, opened(made(None, tokens=24, llm_tokens=7))):
+        with pytest.raises(InputError, match=message):
+            engine.prefill(image, "the mat: <image>")
+    plain = opened(made(None, tokens=24)).prefill(image, "the mat: <image>")
+    assert np.isfinite(plain.logits).all()
+
+
 def test_too_many_pictures_or_tokens_are_refused(made: Made, next_engine: LlavaEngine) -> None:
     images = [picture(0, SIZES["tiny"])] * 6  # which are 5 tiles each, of which the limit says nothing
     with pytest.raises(InputError, match=r"images must be at most 5 at once .*got 6"):
         next_engine.prefill([images[:3], images[:3]], ["<image>" * 3] * 2)
-    next_engine.prefill([images[:2], images[:2], images[:1]], ["<image>" * 2] * 2 + ["<image>"])
+    next_engine.prefill([images[:2], images[:2], images[:1]], ["<image>" * 2 + "?"] * 2 + ["<image>?"])
     text = "the cat on the mat. " * 60
     with pytest.raises(InputError, match=r"prompt 0 must have at most 443 tokens where each .*--max-prompt \d+"):
         next_engine.prefill([], cut(next_engine, text, 460))

@@ -296,7 +296,7 @@ def emitted(step: Step, **options: Any) -> ir.Model:
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_visual_tokens_are_scored_against_the_instructions_last_token(group: int) -> None:
-    """LLaVA-NeXT's step, of prompts with 12 and 7 visual tokens in 12 rows; written out head by head from SPEC 4.2."""
+    """LLaVA-NeXT's step, of prompts with 12 and 7 visual tokens in 12 rows; head by head from docs/algorithm.md 5."""
     heads, size, length, rows, counts = 2, 32, 20, np.arange(3, 15), np.array([12, 7])
     scale, last = size**-0.5, length - 1
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's vision graph: pictures of tiles, packed as SPEC 4.1 says, in shapes that follow no data."""
+"""LLaVA-NeXT's vision graph: pictures of tiles, packed as docs/algorithm.md 5 says, in shapes that follow no data."""
 
 from __future__ import annotations
 

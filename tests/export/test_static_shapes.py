@@ -10,11 +10,12 @@ import onnx
 import onnx.inliner
 import pytest
 
+from calib.groups import linear_layers
 from export.builder import save
 from export.language import language_model
 from export.vision import vision_model
 from flowcut.checkpoint import Weights, random_weights
-from flowcut.config import LlavaConfig, TextConfig, VisionConfig
+from flowcut.config import LlavaConfig, Precision, TextConfig, VisionConfig
 from flowcut.contract import Limits, language_contracts, vision_contract
 from flowcut.schedule import Schedule
 
@@ -32,11 +33,19 @@ SCHEDULES = {
 }
 SIZES = {"batch": 3, "images": 2, "tiles": 7, "sequence": 41, "pruned_sequence": 29}
 DECODE = SIZES | {"images": 1, "sequence": 1, "pruned_sequence": 1}
-# Compress, NonZero, Unique and NonMaxSuppression return as many values as they find; the rest branch, repeat or write
-# where the data says.
-FORBIDDEN = {"NonZero", "Unique", "Compress", "NonMaxSuppression", "Loop", "If", "Scan"}
-FORBIDDEN |= {"Scatter", "ScatterElements", "ScatterND", "Slice", "Range", "Split"}
+FORBIDDEN = {
+    *("NonZero", "Unique", "Compress", "NonMaxSuppression"),  # return as many values as they find
+    *("Loop", "If", "Scan"),  # repeat and branch as the data says
+    *("Scatter", "ScatterElements", "ScatterND"),  # write where the data says
+    *("Slice", "Range", "Split"),  # take their bounds and sizes as values, which might be computed from the data
+}
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "fp8")  # beside fp16, which has every case
 Graphs = Callable[..., list[Path]]
+
+
+def ones(weights: Weights) -> dict[str, float]:
+    """Ranges of activations, which fp8 asks for."""
+    return dict.fromkeys(linear_layers(weights.config), 1.0)
 
 
 def weights_of(family: str, key_heads: int = 4) -> Weights:
@@ -46,14 +55,14 @@ def weights_of(family: str, key_heads: int = 4) -> Weights:
 
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """vision(family, schedule, trace) -> path."""
+    """vision(family, schedule, trace, precision) -> path."""
     directory = tmp_path_factory.mktemp("vision")
 
     @cache
-    def path_of(family: str, name: str, trace: bool) -> Path:
-        weights, path = weights_of(family), directory / f"{family}-{name}-{trace}.onnx"
-        contract = vision_contract(weights.config, SCHEDULES[name].tokens, "fp16", LIMITS)
-        save(vision_model(weights, contract, SCHEDULES[name], "fp16", {}, trace), path)
+    def path_of(family: str, name: str, trace: bool, precision: str = "fp16") -> Path:
+        weights, path = weights_of(family), directory / f"{family}-{name}-{trace}-{precision}.onnx"
+        contract = vision_contract(weights.config, SCHEDULES[name].tokens, precision, LIMITS)
+        save(vision_model(weights, contract, SCHEDULES[name], precision, {}, trace, ones(weights)), path)
         return path
 
     return path_of
@@ -61,16 +70,18 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    """language(family, stages, llm_tokens, key heads) -> paths."""
+    """language(family, stages, llm_tokens, key heads, precision) -> paths."""
     directory = tmp_path_factory.mktemp("language")
 
     @cache
-    def paths_of(family: str, stages: int, llm_tokens: int | None, key_heads: int) -> list[Path]:
-        weights = weights_of(family, key_heads)
-        contracts = language_contracts(weights.config, TOKENS, "fp16", LIMITS, stages, llm_tokens)
-        paths = [directory / f"{family}-{stages}-{llm_tokens}-{key_heads}.{each.name}.onnx" for each in contracts]
+    def paths_of(
+        family: str, stages: int, llm_tokens: int | None, key_heads: int, precision: Precision = "fp16"
+    ) -> list[Path]:
+        weights, name = weights_of(family, key_heads), f"{family}-{stages}-{llm_tokens}-{key_heads}-{precision}"
+        contracts = language_contracts(weights.config, TOKENS, precision, LIMITS, stages, llm_tokens)
+        paths = [directory / f"{name}.{each.name}.onnx" for each in contracts]
         for path, contract in zip(paths, contracts, strict=True):
-            save(language_model(weights, contract, "fp16", {}), path)
+            save(language_model(weights, contract, precision, {}, ones(weights)), path)
         return paths
 
     return paths_of
@@ -128,6 +139,16 @@ def test_language(
     for path in language(family, stages, llm_tokens, key_heads):
         check_ops(path)
         assert unknown_shapes(path, sizes) == []
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_precisions(family: str, precision: Precision, vision: Callable[..., Path], language: Graphs) -> None:
+    """One schedule and one graph of the decoder, with the pruning inside."""
+    for path in (vision(family, "masked", False, precision), *language(family, 1, 4, 4, precision)):
+        check_ops(path)
+        for sizes in (SIZES, DECODE):
+            assert unknown_shapes(path, sizes) == []
 
 
 def test_this_would_find_a_shape_that_follows_the_data(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from flowcut.anyres import (
     vision_feeds,
 )
 from flowcut.config import PINPOINTS, LlavaConfig, TextConfig, VisionConfig
+from flowcut.errors import ConfigError
 
 SIDE, PATCH = 28, 14  # 2 x 2 patches a tile
 GRID, PATCHES = SIDE // PATCH, (SIDE // PATCH) ** 2
@@ -230,3 +231,20 @@ def test_published_model_has_2880_visual_tokens_before_newlines() -> None:
     assert (square.tiles, square.grid) == (5, (48, 48))
     assert vision_feeds(config, 576, [square]).rows == (2880 + 48,)
     assert vision_feeds(config, 80, [square]).rows == (400,)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 5, 1, 1, 2), "tiling's width must be at least 1, got 0"),
+        ((5, -1, 1, 1, 2), "tiling's height must be at least 1, got -1"),
+        ((5, 5, -1, 2, 2), "tiling's rows must be at least 0, got -1"),
+        ((5, 5, 1, -2, 2), "tiling's columns must be at least 0, got -2"),
+        ((5, 5, 1, 1, 0), "tiling's side must be at least 1, got 0"),
+        ((5, 5, 0, 2, 2), "tiling's rows and columns must both be 0 or neither, got 0, 2"),
+        ((5, 5, 2, 0, 2), "tiling's rows and columns must both be 0 or neither, got 2, 0"),
+    ],
+)
+def test_no_picture_is_cut_into_nonsense(values: tuple[int, int, int, int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Tiling(*values)

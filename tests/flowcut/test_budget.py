@@ -17,6 +17,7 @@ from flowcut.errors import ConfigError
 OLD = LlavaConfig.from_file(ASSETS / "llava-1.5-7b" / "config.json")
 NEXT = LlavaConfig.from_file(ASSETS / "llava-v1.6-vicuna-7b" / "config.json")
 LONE = replace(NEXT, grid_pinpoints=())
+LARGE = replace(NEXT, grid_pinpoints=((2016, 2016),))  # 37 tiles
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ LONE = replace(NEXT, grid_pinpoints=())
         (NEXT, "all", None, Budget(576), "2880"),
         (LONE, None, None, Budget(16, 32), "32"),
         (LONE, "all", None, Budget(576), "576"),
+        (LARGE, None, None, Budget(575, 1150), "1150"),  # 5.6% of their patches would be more than half of a tile's
     ],
 )
 def test_budget_and_its_name(
@@ -68,12 +70,33 @@ def test_a_schedule_file_is_of_a_tile(tmp_path: Path) -> None:
         (OLD, 64, 0, r"llm_tokens must be in 1\.\.63 .*got 0\."),
         (OLD, 64, True, "got True"),
         (OLD, 577, 8, r"tokens must be in 1\.\.576"),
+        (OLD, 0, None, r"tokens must be in 1\.\.576 .*got 0\."),
+        (OLD, "x", None, r"tokens must be an integer or 'all', got 'x'\."),
+        (OLD, 2.5, None, r"tokens must be an integer or 'all', got 2\.5\."),
+        (NEXT, "x", None, r"tokens must be even .* or 'all', got 'x'\."),
     ],
 )
 def test_refuses_in_one_line(config: LlavaConfig, tokens: Any, llm_tokens: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         make_budget(config, tokens, "", llm_tokens)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "llm_tokens", "message"),
+    [
+        (-3, 900, r"^tokens must be an integer of at least 1, got -3\."),
+        (0, None, "^tokens .*got 0"),
+        (True, None, "^tokens .*got True"),
+        (None, None, "^tokens .*got None"),
+        (1.5, None, r"^tokens .*got 1\.5"),
+        (8, 0, r"^llm_tokens must be an integer of at least 1, got 0\."),
+        (8, "all", "^llm_tokens .*got 'all'"),
+    ],
+)
+def test_no_budget_is_made_of_nonsense(tokens: Any, llm_tokens: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Budget(tokens, llm_tokens)
 
 
 def test_a_decoder_needs_a_layer_behind_the_pruning() -> None:

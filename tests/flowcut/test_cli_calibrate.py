@@ -65,6 +65,7 @@ def test_table_then_json(place: Path, capfd: pytest.CaptureFixture[str]) -> None
     static, masked = (json.loads(Path(told[name]).read_text()) for name in ("schedule", "masked_schedule"))
     assert (told["schedule"], told["masked_schedule"]) == ("s.json", "s.masked.json")
     assert (static["counts"], masked["counts"]) == (told["counts"], told["capacities"])
+    assert told["tokens"] == told["tokens_per_tile"] == static["tokens"]
     assert (told["pictures"], told["skipped"]) == ({"calibration": 4, "held_out": 3}, 1)
     assert told["agreement"].keys() == told["flops_share"].keys() == {"static", "masked", "closed_form"}
     assert all(len(line) <= 80 for line in table)

@@ -1,6 +1,7 @@
 """Reading config.json: what it may leave out, and what is refused, with the field's name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_rotary_base_is_read_from_both_places() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model_type", "llava_onevision", "model_type must be 'llava', got 'llava_onevision'"),
+        ("model_type", "llava_onevision", "model_type must be 'llava' or 'llava_next', got 'llava_onevision'"),
         ("vision_feature_layer", -1, "vision_feature_layer must be -2, got -1"),
         ("vision_feature_layer", [-2, -5], "vision_feature_layer must be -2"),
         ("vision_feature_select_strategy", "full", "vision_feature_select_strategy must be 'default'"),
@@ -118,6 +119,13 @@ def test_unsupported_field_is_named_with_its_value(path: str, value: object, mes
     with pytest.raises(ConfigError, match=message) as error:
         LlavaConfig.from_dict(data)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["anyres", [7], [["a", 14]], [[14, 14.0]], [[14, True]]])
+def test_pinpoints_are_pairs_of_whole_numbers(value: object) -> None:
+    rule = f"image_grid_pinpoints must be a list of [height, width] in whole pixels, got {value!r}."
+    with pytest.raises(ConfigError, match=f"^{re.escape(rule)}"):
+        LlavaConfig.from_dict(_tiny() | {"model_type": "llava_next", "image_grid_pinpoints": value})
 
 
 @pytest.mark.parametrize("name", ["vision_config", "text_config"])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from flowcut.aliases import resolve
-from flowcut.contract import Limits, cached_layers, language_contract, language_contracts, stage_names, vision_contract
+from flowcut.contract import (
+    Limits,
+    cached_layers,
+    language_contract,
+    language_contracts,
+    pruned_limit,
+    stage_names,
+    vision_contract,
+)
 from flowcut.errors import ConfigError
 
 CONFIG = resolve("llava-1.5-7b", random=True).config
@@ -60,3 +68,14 @@ def test_bf16_is_exchanged_in_float32_and_cached_as_it_is() -> None:
 def test_image_embeddings_have_the_decoders_type(vision: str, language: str, pixels: str, embeds: str) -> None:
     contract = vision_contract(CONFIG, 64, vision, LIMITS, language)
     assert (contract.inputs[0].dtype, contract.outputs[0].dtype) == (pixels, embeds)
+
+
+def test_a_prompt_has_room_for_a_picture_and_a_token_behind_the_pruning() -> None:
+    """A picture of LLaVA-NeXT that keeps 80 patches of each tile has 401 rows; 241 go."""
+    config = resolve("llava-v1.6-vicuna-7b", random=True).config
+    assert pruned_limit(config, 80, 160, Limits(max_prompt=242)) == 1
+    message = r"^max_prompt must be at least 242 where up to 241 visual tokens .* inside the language model, got 200\."
+    with pytest.raises(ConfigError, match=message):
+        language_contracts(config, 80, "fp16", Limits(max_prompt=200), 2, 160)
+    with pytest.raises(ConfigError, match=message):
+        language_contract(config, 80, "fp16", Limits(max_prompt=200), 160)

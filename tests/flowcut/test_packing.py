@@ -1,4 +1,4 @@
-"""One picture's visual tokens in reading order: against SPEC 4.1 token by token, and against transformers unpruned."""
+"""One picture's visual tokens in reading order: docs/algorithm.md 5 token by token, and transformers unpruned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def packed(tiling: Tiling, embeds: Array, kept: Array) -> tuple[Array, Array]:
 
 
 def spec(tiling: Tiling, embeds: Array, kept: Array) -> tuple[list[Array], list[int]]:
-    """What SPEC 4.1 says of pruned tiles, one patch of the grid after the other."""
+    """What docs/algorithm.md 5 says of pruned tiles, one patch of the grid after the other."""
     side, patches = tiling.side, tiling.side**2
     tokens, places = list(embeds[0]), [2 * int(p) for p in kept[0]]
     if tiling.tiles == 1:

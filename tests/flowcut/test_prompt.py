@@ -139,10 +139,10 @@ def test_padding_and_truncation_of_the_file_are_ignored(tmp_path: Path, tokenize
 @pytest.mark.parametrize(
     ("prompt", "images", "match"),
     [
-        ("What?", 1, r"each image \(1\), got 0\. Write it like 'USER: <image>"),
+        ("What?", 1, r"each image \(1\), got 0\. Put <image> where each picture belongs"),
         ("<image><image>", 1, r"each image \(1\), got 2"),
         ("<image>", 2, r"each image \(2\), got 1"),
-        ("", 0, "must not be empty"),
+        ("", 0, "must not be empty, got ''"),
         (" \n", 0, "must not be empty"),
         (None, 0, "must be text, got NoneType"),
         (b"<image>", 1, "must be text, got bytes"),
@@ -237,6 +237,22 @@ def test_batch_refuses_a_prompt_beyond_the_limit() -> None:
         InputError, match=r"prompt 1 must have 1\.\.3 tokens, got 4 \(2 of them visual\).*--max-prompt 4"
     ):
         batch([encoded(1, []), encoded(4, [(1, 2)])], limit=3)
+
+
+def test_a_picture_last_is_refused_where_the_last_token_scores_the_pictures() -> None:
+    """It would be one of its own keys, and nearly all of the semantic softmax its own."""
+    last = [encoded(4, [(0, 2)]), encoded(4, [(2, 2)])]
+    message = r"^prompt 1 must end with text where its last token chooses the visual tokens, got <image> last\. "
+    with pytest.raises(InputError, match=message) as raised:
+        batch(last, 9, Pruning(llm_tokens=1, limit=9))
+    assert "\n" not in str(raised.value)
+    assert batch(last, 9).last_token.tolist() == [3, 3]
+    batch([encoded(5, [(2, 2)]), encoded(3, [])], 9, Pruning(llm_tokens=1, limit=9))
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "?"])
+def test_any_text_behind_the_pictures_is_an_end(end: str, tokenizer: Tokenizer) -> None:
+    batch([tokenizer.encode(f"What? <image>{end}", [3], 3)], 99, Pruning(llm_tokens=1, limit=99))
 
 
 def test_batch_refuses_no_prompt() -> None:

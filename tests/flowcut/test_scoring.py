@@ -197,7 +197,7 @@ def test_without_history_the_running_score_is_the_last_one_even_where_it_was_min
 
 
 def assert_tokens_are_scored(q: np.ndarray, source: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-    """q [H * G, d], the source's value [H, d], k and v [H, M, d]: against the float64 reading of SPEC 4.2."""
+    """q [H * G, d], the source's value [H, d], k and v [H, M, d]: against docs/algorithm.md 5 in float64."""
     score = token_score(*(torch.from_numpy(x)[None] for x in (q[:, None], source[:, None], k, v)))[0].numpy()
     scale = 1 / np.sqrt(np.longdouble(q.shape[-1]))
     expected = references.key_scores(q, source, k, v, scale, scale, source_in_keys=0)
