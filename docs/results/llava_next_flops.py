@@ -108,7 +108,8 @@ def introduction(data: Data) -> Iterator[str]:
         Counted from the nodes of the exported {data["precision"]} graphs (engines/flops.py), the very ones that an
         engine is built from, with caches of one row beyond the prompt; weights take no part. A multiplication and an
         addition are two operations. Attention counts all pairs of query and key, as masked attention computes them; a
-        causal kernel skips half, see below. Scoring, sorting and gathering are in. The tower's schedule is static with
+        causal kernel skips half, see below. Scoring is in; sorting is in
+        as one operation per score and gathering, which computes nothing, as none. The tower's schedule is static with
         the closed form's counts, as `make engine` takes it without calibration.""")
 
 

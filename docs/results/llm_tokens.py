@@ -127,7 +127,7 @@ def introduction(data: Data) -> Iterator[str]:
         adaptive, {n} questions about the first {data["scenes"]} scenes of the test split. `--tokens` is what the
         encoder leaves of {data["patches"]} patches, `--llm-tokens` what the language model keeps of these after its
         second of {data["layers"]} layers, chosen by the last token of the question. `flowcut eval {data["model"]}
-        --tokens 48 --llm-tokens 16` asks the same.""")
+        --tokens 48 --llm-tokens 16 --scenes {data["scenes"]}` asks the same.""")
     yield from prose(f"""
         *Right*: percent of answers with 95% intervals, then by kind of question. *Decoder*: operations of a prefill
         with {data["text_tokens"]} text tokens, counted from the exported graph (engines/flops.py).""")
