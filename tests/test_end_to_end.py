@@ -321,7 +321,7 @@ def test_engines_that_drop_tokens_inside_the_decoder_compile(
     prefill = engine.prefill(photograph(), QUESTION)
     assert len(prefill.kept[0][0]) == built.manifest.llm_tokens
     assert prefill.pruned_lengths[0] < prefill.lengths[0]
-    Image.fromarray(np.zeros((60, 110, 3), np.uint8)).save(tmp_path / "wide.png")
+    Image.fromarray(np.zeros((56, 112, 3), np.uint8)).save(tmp_path / "wide.png")
     question = Question((tmp_path / "wide.png",), "What is this?", answer_tokens=1, repeats=1, template=True)
     said = ask(engine, question).to_dict(engine, question)
     assert said["pruned_prompt_tokens"] <= said["prompt_tokens"]
