@@ -77,7 +77,7 @@ def samples(with_outliers: Path) -> list[Sample]:
     found = resolve(str(with_outliers))
     model, settings = VisionModel.from_weights(found.weights), ImageSettings.from_directory(with_outliers, 168)
     tokenizer = Tokenizer.from_file(found.tokenizer, found.config.image_token_id, found.config.text.vocab_size)
-    prompt = tokenizer.encode(question_prompt(QUESTION), 1, TOKENS)
+    prompt = tokenizer.encode(question_prompt(QUESTION), [TOKENS], TOKENS)
     schedule, out = make_schedule("static", found.config.vision, TOKENS), []
     with torch.inference_mode():
         for number in range(8):

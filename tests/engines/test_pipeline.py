@@ -88,7 +88,7 @@ def test_directory_is_named_after_the_picture_s_tokens(
     settings = settings | ({"model": str(next_checkpoint)} if settings.get("model") == "NEXT" else {})
     built = build_directory(replace(TINY, out_root=tmp_path, **settings), Progress(disable=True))
     assert built.directory.name == name
-    prefill = load_engine(built.directory).prefill(np.zeros((9, 9, 3), np.uint8), "<image>")
+    prefill = load_engine(built.directory).prefill(np.zeros((9, 9, 3), np.uint8), "<image> ?")
     assert len(prefill.kept[0]) == 1
 
 

@@ -283,7 +283,7 @@ def test_too_many_pictures_or_tokens_are_refused(made: Made, next_engine: LlavaE
         next_engine.prefill([images[:3], images[:3]], ["<image>" * 3] * 2)
     next_engine.prefill([images[:2], images[:2], images[:1]], ["<image>" * 2 + "?"] * 2 + ["<image>?"])
     text = "the cat on the mat. " * 60
-    with pytest.raises(InputError, match=r"prompt 0 must have at most 443 tokens where each .*--max-prompt \d+"):
+    with pytest.raises(InputError, match=r"prompt 0 must have at most 443 tokens once each .*--max-prompt \d+"):
         next_engine.prefill([], cut(next_engine, text, 460))
     next_engine.prefill([], cut(next_engine, text, 443))
 

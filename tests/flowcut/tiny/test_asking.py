@@ -50,7 +50,7 @@ def test_ids_are_those_of_the_whole_prompt(asking: Asking, asked: list[list[Ques
     runtime = Tokenizer.from_file(tiny_files / "tokenizer.json", IMAGE, VOCABULARY)
     for scene in (0, 1, 199, 200, SCENES - 1):
         for at, question in enumerate(asked[scene], asking.start[scene]):
-            whole = runtime.encode(f"{question_prompt(question.text)} {question.answer}", 1, VISUAL)
+            whole = runtime.encode(f"{question_prompt(question.text)} {question.answer}", [VISUAL], VISUAL)
             row = asking.text[at]
             own = asking.texts[row, : asking.lengths[row]]
             ids = [*asking.before, *[IMAGE] * VISUAL, *own, asking.answer[at]]
