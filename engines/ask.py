@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Question:
                 f"prompt must have one {IMAGE} for each image ({len(self.images)}), got {places}. {PLACES}"
             )
 
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each picture, in pixels."""
+        return [open_image(path).size for path in self.images]
+
     def prompt(self, config: LlavaConfig) -> str:
         """As a model takes it."""
         return question_prompt(self.text, len(self.images), anyres=config.anyres) if self.template else self.text
@@ -105,13 +111,13 @@ class Answer:
         """What the last line of `flowcut run` holds."""
         manifest = engine.manifest
         config = manifest.geometry
-        cut = [choose_tiling(config, *open_image(path).size).grid for path in question.images if config.anyres]
+        cuts = [choose_tiling(config, *size) for size in question.sizes] if config.anyres else []
         return {
             "answer": self.generation.texts[0],
             "token_ids": self.generation.token_ids[0],
             "ended": self.generation.ended[0],
             "kept": [numbers.tolist() for numbers in self.generation.kept[0]],
-            **({"grids": [list(grid) for grid in cut]} if config.anyres else {}),
+            **({"grids": [[tiling.rows, tiling.columns] for tiling in cuts]} if config.anyres else {}),
             "prompt_tokens": self.prompt_tokens,
             "pruned_prompt_tokens": self.generation.pruned_prompt_tokens[0],
             "latency_ms": {stage: dict(values) for stage, values in self.latency_ms.items()},

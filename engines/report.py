@@ -19,7 +19,6 @@ from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
 from flowcut.contract import pruned_limit
-from flowcut.preprocess import open_image
 from flowcut.selector import FLOWCUT, selector_note
 
 LIBRARIES = {"ort": "ONNX Runtime", "rtx": "TensorRT-RTX", "trt": "TensorRT"}
@@ -55,9 +54,9 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
     _field(console, "answer", ascii(text) if plain else repr(text))
     if not answer.generation.ended[0]:
         _field(console, "", f"cut after {len(answer.generation.token_ids[0])} tokens; --answer-tokens N asks for more")
-    for path, numbers in zip(question.images, answer.generation.kept[0], strict=True):
+    for path, size, numbers in zip(question.images, question.sizes, answer.generation.kept[0], strict=True):
         _field(console, "picture", str(path))
-        maps = _maps(manifest.geometry, open_image(path).size, numbers.tolist(), "#." if plain else "█·")
+        maps = _maps(manifest.geometry, size, numbers.tolist(), "#." if plain else "█·")
         whole, chosen = sum(each.patches for each in maps), selector_note(manifest.schedule)
         few = manifest.geometry.anyres and len(numbers) < (manifest.llm_tokens or 0)
         padding = "; those in the padding are gone" * few

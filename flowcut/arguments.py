@@ -222,8 +222,8 @@ def _add_run(commands: Any) -> None:
         "Answers greedily and prints what was kept and how long each stage took.",
         "answer, token_ids, ended, kept, prompt_tokens, pruned_prompt_tokens, latency_ms, model, weights, note, "
         "tokens, llm_tokens, selector, schedule, precision, vision_precision, backend and built_for; LLaVA-NeXT's also "
-        "has grids, each picture's rows and columns of patches: kept numbers the base tile's P patches first, then "
-        "P + row * columns + column",
+        "has grids, each picture's rows and columns of tiles: kept numbers the base tile's P patches first, then "
+        "P + row * W + column of the tiles' patches, W a row",
     )
     _add_directory(parser)
     parser.add_argument(
