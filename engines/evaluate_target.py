@@ -236,21 +236,16 @@ def _loaded(name: str, engine: LlavaEngine) -> Answerers:
 
 
 def _eager(model: Model, schedules: Sequence[Schedule], budget: Budget, threads: int | None) -> Answerers:
-    import torch
-
+    from calib.tower import torch_threads
     from engines.evaluate_one_by_one import OneByOne
     from engines.evaluate_torch import Eager, TorchAnswerer
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    alone = model.config.anyres or budget.llm_tokens is not None
+    with torch_threads(threads):
         eager = Eager.load(model)
         for schedule in schedules:
-            alone = model.config.anyres or budget.llm_tokens is not None
             one = OneByOne(eager, schedule, budget.llm_tokens) if alone else TorchAnswerer(eager, schedule)
             yield schedule.selector, one
-    finally:
-        torch.set_num_threads(before)
 
 
 def _exported(settings: EvalSettings, schedules: Sequence[Schedule], progress: Progress) -> Answerers:

@@ -20,7 +20,7 @@ from flowcut.anyres import NO_TOKEN, Tiling, patch_places
 from flowcut.budget import PRUNE_LAYER
 from flowcut.config import TextConfig
 from flowcut.contract import GraphContract, cached_layers, hidden_name, past_names, present_names
-from flowcut.language import DecoderLayer, KVCache, LanguageModel
+from flowcut.language import DecoderLayer, KVCache, LanguageModel, Step
 from flowcut.language_pruning import Reading, Span, read, span_score, step
 from flowcut.packing import pack
 from flowcut.schedule import Schedule
@@ -80,11 +80,8 @@ class _Rounded(LanguageModel):
         super().__init__(config)
         self.precision = precision
 
-    def through(self, layers: range, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        now = rounded_step(position_ids, self.config, self.precision)
-        for i in layers:
-            hidden = self.model.layers[i](hidden, now, cache.keys[i], cache.values[i])
-        return hidden
+    def step(self, position_ids: Tensor, dtype: torch.dtype) -> Step:
+        return rounded_step(position_ids, self.config, self.precision)
 
 
 class TorchPruning(TorchLanguage):

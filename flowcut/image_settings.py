@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from flowcut.config import PINPOINTS
+from flowcut.config import PINPOINTS, is_integer
 from flowcut.errors import ConfigError
 
 Pinpoints = Sequence[Sequence[int]]
@@ -47,11 +47,11 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "shortest_edge"):
-            _check(_is_integer(getattr(self, name)) and getattr(self, name) > 0, name, "a positive integer", self)
+            _check(is_integer(getattr(self, name)) and getattr(self, name) > 0, name, "a positive integer", self)
         for name in ("stretch", *_FLAGS):
             _check(isinstance(getattr(self, name), bool), name, "true or false", self)
         filters = ", ".join(f"{f.value} ({f.name.lower()})" for f in Image.Resampling)
-        known = _is_integer(self.resample) and self.resample in set(Image.Resampling)
+        known = is_integer(self.resample) and self.resample in set(Image.Resampling)
         _check(known, "resample", f"one of {filters}", self)
         _check(_is_number(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive", self)
         _check(_is_colour(self.mean), "mean", "three numbers", self)
@@ -161,7 +161,7 @@ def _check_edge(name: str, edge: int, image_size: int) -> None:
 
 def _edge(value: Any, square: bool, name: str = "size") -> tuple[int, bool]:
     """One edge in pixels and whether it stands for both, from any spelling transformers accepts."""
-    if _is_integer(value):
+    if is_integer(value):
         return value, square
     if isinstance(value, list) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
@@ -195,10 +195,6 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 def _check(holds: bool, name: str, rule: str, settings: ImageSettings) -> None:
     if not holds:
         raise ConfigError(f"{name} of the image processor must be {rule}, got {getattr(settings, name)!r}.")
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

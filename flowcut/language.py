@@ -139,20 +139,26 @@ class LanguageModel(nn.Module):
         return self.through(range(self.config.num_hidden_layers), hidden, position_ids, cache)
 
     def through(self, layers: range, hidden: Tensor, position_ids: Tensor, cache: KVCache) -> Tensor:
-        """hidden [B, S, D] as it enters the first of some consecutive layers -> as it leaves the last.
+        """hidden [B, S, D] as it enters the first of some consecutive layers, or of none -> as it leaves the last.
 
         Raises:
             InputError: a position does not fit in the cache.
         """
-        rows, last = cache.keys[layers.start].shape[2], int(position_ids.max())
-        if last >= rows:
-            raise InputError(
-                f"position_ids must be below the cache's {rows} rows, got {last}. Allocate prompt length + new tokens."
-            )
-        step = Step.at(position_ids, self.config, hidden.dtype)
+        last = int(position_ids.max())
+        for rows in {cache.keys[i].shape[2] for i in layers}:
+            if last >= rows:
+                raise InputError(
+                    f"position_ids must be below the cache's {rows} rows, got {last}. "
+                    "Allocate prompt length + new tokens."
+                )
+        step = self.step(position_ids, hidden.dtype)
         for i in layers:
             hidden = self.model.layers[i](hidden, step, cache.keys[i], cache.values[i])
         return hidden
+
+    def step(self, position_ids: Tensor, dtype: torch.dtype) -> Step:
+        """What layers share that compute in `dtype`, for tokens at these positions."""
+        return Step.at(position_ids, self.config, dtype)
 
     def embed(self, input_ids: Tensor, image_rows: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings [B, S, D] with image embeddings at their places."""

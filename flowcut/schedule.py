@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from flowcut.checkpoint import Weights
-from flowcut.config import VisionConfig
+from flowcut.config import VisionConfig, is_integer
 from flowcut.errors import ConfigError
 from flowcut.fingerprint import vision_sha256
 from flowcut.selector import FLOWCUT
@@ -150,7 +150,7 @@ class Schedule:
             )
         counts = data["counts"]
         numbers = [data["patches"], data["tokens"], *(counts if isinstance(counts, (list, tuple)) else [None])]
-        if not all(_is_int(n) for n in numbers):
+        if not all(is_integer(n) for n in numbers):
             raise ConfigError(f"schedule.patches, tokens and counts must be integers, got {dict(data)!r}.")
         chosen = find_selector(data.get("selector", FLOWCUT)).name
         return Schedule(data["kind"], data["patches"], data["tokens"], tuple(counts), chosen)
@@ -167,7 +167,7 @@ def file_tokens(spec: str) -> int | None:
         return None
     with suppress(OSError, ValueError, TypeError, KeyError):
         tokens = json.loads(Path(spec).read_text(encoding="utf-8"))["tokens"]
-        return tokens if _is_int(tokens) else None
+        return tokens if is_integer(tokens) else None
     return None
 
 
@@ -180,7 +180,7 @@ def default_schedule(selector: str | None, backend: str) -> str:
 
 def check_tokens(tokens: int, patches: int) -> None:
     """Raise ConfigError unless 1 <= tokens <= patches."""
-    if not _is_int(tokens) or not 1 <= tokens <= patches:
+    if not is_integer(tokens) or not 1 <= tokens <= patches:
         raise ConfigError(f"tokens must be in 1..{patches} (the patches of one image) or 'all', got {tokens!r}.")
 
 
@@ -274,7 +274,3 @@ def _check_origin(path: Path, origin: object, vision: VisionConfig, weights: Wei
             f"schedule {path} must be made for this checkpoint, whose vision tower has the sha256 {own[:12]}, got one "
             f"for {made_for[:12]}. Calibrate this checkpoint, or name the one that it was calibrated on."
         )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 # Tests use small matrices, over which many threads only fight. Set before torch, numpy or ONNX Runtime start theirs.
@@ -23,7 +25,22 @@ import recipe
 
 GOLDEN = Path(os.environ.get("FLOWCUT_GOLDEN") or Path(__file__).parent / "golden")
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
 WriteCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def script(request: pytest.FixtureRequest) -> ModuleType:
+    """The script of docs/results that the test module names as SCRIPT."""
+    return importlib.import_module(request.module.SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def data(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What that script has measured."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{request.module.SCRIPT}.json").read_text(encoding="utf-8"))
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,9 @@ from flowcut.checkpoint import random_weights
 from flowcut.deps import available
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SCRIPT = "full_size"
 RTX = pytest.mark.skipif(not available("tensorrt_rtx"), reason="needs the rtx extra (tensorrt-rtx-cu13)")
 MB = 10**6
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("full_size")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,17 +11,7 @@ import pytest
 from flowcut.aliases import resolve
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("llava_next_flops")
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "llava_next_flops.json").read_text(encoding="utf-8"))
-    return found
+SCRIPT = "llava_next_flops"
 
 
 def test_the_page_is_made_of_the_json(script: ModuleType, data: dict[str, Any]) -> None:

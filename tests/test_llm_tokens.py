@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,19 +14,9 @@ from engines.evaluate_torch import Eager
 from flowcut.aliases import resolve
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SCRIPT = "llm_tokens"
 AGAIN = 5
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("llm_tokens")
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "llm_tokens.json").read_text(encoding="utf-8"))
-    return found
 
 
 def test_the_page_is_made_of_the_json(script: ModuleType, data: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,18 +9,8 @@ from typing import Any
 import pytest
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SCRIPT = "precision"
 FLOAT = "decoder fp32, vision fp32"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("precision")
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "precision.json").read_text(encoding="utf-8"))
-    return found
 
 
 def test_the_page_is_made_of_the_json(script: ModuleType, data: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from statistics import mean
 from types import ModuleType
@@ -15,25 +14,15 @@ from rich.progress import Progress
 from calib.schedule import ScheduleSettings, calibrate_schedule
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SCRIPT = "schedules"
 BUDGETS = (48, 32, 16)
 HALVES = ("calibration", "held_out")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("schedules")
-
-
-@pytest.fixture(scope="module")
 def written() -> ModuleType:
     return importlib.import_module("schedules_page")
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "schedules.json").read_text(encoding="utf-8"))
-    return found
 
 
 def result(data: dict[str, Any], tokens: int, label: str) -> dict[str, Any]:

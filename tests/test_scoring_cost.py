@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ from flowcut.scoring import flow_score
 from flowcut.vision import VisionModel
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SCRIPT = "scoring_cost"
 PARTS = {"roofline", "agreement", "cpu"}
 SMALL = LlavaConfig(
     VisionConfig(
@@ -35,17 +35,6 @@ SMALL = LlavaConfig(
     image_token_id=448,
 )
 MADE_BY_SCORING = {"Exp", "Log", "ReduceL1", "ReduceMax", "ReduceMean", "ReduceSum", "Div"}
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return importlib.import_module("scoring_cost")
-
-
-@pytest.fixture(scope="module")
-def data() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "scoring_cost.json").read_text(encoding="utf-8"))
-    return found
 
 
 def test_the_page_is_made_of_the_json(script: ModuleType, data: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from markdown_parts import line, paragraph, table
+
 Row = Mapping[str, Any]
 Data = Mapping[str, Row]
 CHECKPOINT = "int4-checkpoint"
@@ -48,12 +50,12 @@ def page(data: Data) -> str:
 
 
 def introduction(data: Data) -> Iterator[str]:
-    yield from prose("""
+    yield from paragraph("""
         Written by `full_size.py`. **The weights are seeded-random**: sizes, memory and times do not depend on their
         values; quality does, and nothing here tells of it. No GPU takes part.""")
     yield from checkpoint_words(data.get(CHECKPOINT))
     longest = max((row["peaks"]["longest_gap_s"] for row in data.values()), default=0.0)
-    yield from prose(f"""
+    yield from paragraph(f"""
         Memory is what no file backs, RssAnon + VmSwap, of a process and all its descendants together, sampled ten
         times a second (longest time between two samples: {longest:.2f} s). Pages of mapped files are not in it; pages
         shared after a fork count twice. Disk is blocks of files, half-written and temporary ones included. GB are
@@ -63,7 +65,7 @@ def introduction(data: Data) -> Iterator[str]:
 def checkpoint_words(row: Row | None) -> list[str]:
     facts = row and row["checkpoint"]
     what = facts and f" ({facts['shards']} safetensors shards of {facts['dtype']}, {size(facts['tensor_bytes'])})"
-    return prose(f"""
+    return paragraph(f"""
         `{CHECKPOINT}` is `int4` from a checkpoint on the disk in the Hugging Face format{what or ""}, memory-mapped and
         not in the page cache at the start, in place of tensors that are drawn when asked for. Its values are
         seeded-random too. It is written before the command is measured, and is no part of new disk.""")
@@ -73,10 +75,10 @@ def checkpoint_words(row: Row | None) -> list[str]:
 
 
 def limits_part(data: Data) -> Iterator[str]:
-    yield from ["", "## Limits", *header("setting", "what", "limit", "measured", "ok")]
+    yield from ["", "## Limits", *table("setting", "what", "limit", "measured", "ok")]
     for check in checks(data):
         yield line(*check[:4], {None: "-", True: "yes", False: "**no**"}[check.ok])
-    yield from prose("In fp16 one of the two has to hold: the decoder as one engine, or as two.")
+    yield from paragraph("In fp16 one of the two has to hold: the decoder as one engine, or as two.")
 
 
 def checks(data: Data) -> Iterator[Check]:
@@ -147,7 +149,7 @@ def answers(row: Row | None) -> Check:
 def builds_part(data: Data) -> Iterator[str]:
     yield from ["", "## Builds"]
     columns = ("wall, s", "seconds of each stage", "peak anonymous", "at, s", "largest process", "with shared memory")
-    yield from header("setting", "decoder layers", *columns, "with mapped files", "directory", "disk at most")
+    yield from table("setting", "decoder layers", *columns, "with mapped files", "directory", "disk at most")
     for name, row in data.items():
         if "decoder_layers" in row:
             stages = ", ".join(f"{stage} {s:.0f}" for stage, s in row["result"].get("build_seconds", {}).items())
@@ -162,45 +164,45 @@ def builds_part(data: Data) -> Iterator[str]:
 
 def graphs_part(data: Data) -> Iterator[str]:
     yield from ["", "## Engines and their weights"]
-    yield from header("setting", "graph", "weights", "ONNX files", "engine", "engine / weights", "allowed", "ok")
+    yield from table("setting", "graph", "weights", "ONNX files", "engine", "engine / weights", "allowed", "ok")
     for name, row in data.items():
         for graph, sizes in row.get("graphs", {}).items():
             weights, engine = sizes["weight_bytes"], sizes["engine_bytes"]
             ratio, most = f"{engine / weights:.3f}", allowed(weights)
             cells = (megabytes(weights), megabytes(sizes["onnx_bytes"]), megabytes(engine), ratio, megabytes(most))
             yield line(name, graph, *cells, "yes" if engine <= most else "**no**")
-    yield from prose("Weights are all initializers of a graph, as the compiler is given them.")
+    yield from paragraph("Weights are all initializers of a graph, as the compiler is given them.")
 
 
 def run_part(data: Data) -> Iterator[str]:
     yield from ["", "## One question to the int4 directory, on ONNX Runtime's CPU kernels"]
     row = data.get(RUN)
     if row is None or row["error"]:
-        yield from prose(f"{RUN}: {NOT_YET if row is None else row['error']}.")
+        yield from paragraph(f"{RUN}: {NOT_YET if row is None else row['error']}.")
         return
     latency, peaks = row["result"]["latency_ms"], row["peaks"]
-    yield from header("wall, s", "runs", "prompt tokens", "answer tokens", *STAGES.values(), "anonymous", "with files")
+    yield from table("wall, s", "runs", "prompt tokens", "answer tokens", *STAGES.values(), "anonymous", "with files")
     yield line(
         *(f"{row['wall_s']:.0f}", str(latency["prefill"]["n"])),
         *(str(row["result"]["prompt_tokens"]), str(len(row["result"]["token_ids"]))),
         *(milliseconds(latency[stage]["median"]) for stage in STAGES),
         *(size(peaks["anonymous_bytes"]), size(peaks["resident_bytes"])),
     )
-    yield from prose("Medians over the runs after a warm-up. The weights are random, so the answer means nothing.")
+    yield from paragraph("Medians over the runs after a warm-up. The weights are random, so the answer means nothing.")
 
 
 def machines_part(data: Data) -> Iterator[str]:
     yield from ["", "## Where and when"]
-    yield from header("setting", "begun (UTC)", "processor", "cores", "memory", "load before", "OMP_NUM_THREADS")
+    yield from table("setting", "begun (UTC)", "processor", "cores", "memory", "load before", "OMP_NUM_THREADS")
     for name, row in data.items():
         here = row["machine"]
         cells = (str(here["cores"]), size(here["memory_bytes"]), f"{here['load']:.2f}", here["omp_num_threads"] or "-")
         yield line(name, here["created"], here["processor"], *cells)
-    yield from prose("""
+    yield from paragraph("""
         Load is the average of the minute before the command. Other work on the machine makes the seconds longer, so
         those of two settings differ by it as well.""")
     found = sorted({", ".join(f"{k} {v}" for k, v in row["machine"]["versions"].items()) for row in data.values()})
-    yield from prose("; or ".join(found) and f"Versions: {'; or '.join(found)}.")
+    yield from paragraph("; or ".join(found) and f"Versions: {'; or '.join(found)}.")
 
 
 def commands_part(data: Data) -> Iterator[str]:
@@ -211,19 +213,6 @@ def commands_part(data: Data) -> Iterator[str]:
 
 
 # --- words ---
-
-
-def prose(text: str) -> list[str]:
-    """One paragraph on one line, after an empty one."""
-    return ["", " ".join(text.split())]
-
-
-def header(*columns: str) -> list[str]:
-    return ["", line(*columns), "|---|" + "---:|" * (len(columns) - 1)]
-
-
-def line(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def size(count: float) -> str:

@@ -10,11 +10,21 @@ def header(*names: str) -> list[str]:
     return [line(*names), "|---|" + "---:|" * (len(names) - 1)]
 
 
+def table(*names: str) -> list[str]:
+    """Its header, after an empty line."""
+    return ["", *header(*names)]
+
+
 def line(*cells: str) -> str:
     """Of a table."""
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def paragraph(text: str) -> list[str]:
+    """On one line, after an empty one."""
+    return ["", " ".join(text.split())]
 
 
 def prose(text: str) -> list[str]:
-    """A paragraph, after an empty line."""
+    """A paragraph in lines of at most 120 letters, after an empty line."""
     return ["", *textwrap.wrap(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)]

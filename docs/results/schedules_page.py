@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from markdown_parts import line, paragraph, table
 
 ADAPTIVE, FULL, MASKED, CLOSED = "adaptive", "masked, full capacity", "masked, calibrated", "static, closed form"
 MEDIAN, P90, MAX = "static, median", "static, p90", "static, max"
@@ -103,14 +104,14 @@ def introduction(data: Section) -> Iterator[str]:
     n = found(data, budgets(data)[0], ADAPTIVE)["n"]
     note = f" **{data['note']}: these numbers mean nothing.**" if data["note"] else ""
     yield "# Schedules with constants, beside adaptive"
-    yield from prose(f"""
+    yield from paragraph(f"""
         Written by `schedules.py`: {data["model"]} (weights {data["sha256"][:12]}), eager PyTorch, fp32.{note}
         Constants and capacities are those that `flowcut calibrate schedule` chose from {data["pictures"] - half} of
         the first {data["pictures"]} scenes of the val split. The other {half} are held out; on them every schedule
         is compared with adaptive, as the schedule files have it. Right answers are of {n} questions about the first
         {data["scenes"]} scenes of the test split. [docs/schedules.md](../schedules.md) says what the schedules
         are.""")
-    yield from prose("""
+    yield from paragraph("""
         *Constants*: patches that leave each pruning point, of adaptive their mean. *FLOPs*: share of the unpruned
         tower's, layers that feed hidden state -2 only (calib/flops.py); of adaptive the mean over pictures, of masked
         those of its capacities, which are its shapes. *Kept*: Jaccard index of the sets of patches kept by the schedule
@@ -125,13 +126,13 @@ def introduction(data: Section) -> Iterator[str]:
 def tables(data: Section) -> Iterator[str]:
     for tokens in budgets(data):
         share = f"{tokens} of {data['patches']} patches ({tokens / data['patches']:.0%})"
-        yield from header(
+        yield from table(
             *(share, "constants", "FLOPs", "kept, end", "least", "of chosen from", "over points", "cosine", "clamped"),
             *("right", "less adaptive"),
         )
         adaptive = found(data, tokens, ADAPTIVE)
         for one in ROWS:
-            yield row(one.label, *cells(found(data, tokens, one.label), adaptive))
+            yield line(one.label, *cells(found(data, tokens, one.label), adaptive))
 
 
 def cells(result: Section, adaptive: Section) -> Iterator[str]:
@@ -172,35 +173,35 @@ def findings(data: Section) -> Iterator[str]:
         return each(lambda tokens: points(more_right(one(tokens, label), one(tokens, than))))
 
     yield from ["", "## What they say"]
-    yield from prose(f"""
+    yield from paragraph(f"""
         Figures are for {each(str)} patches, in this order; differences are paired, with 95% intervals.""")
-    yield from prose(f"""
+    yield from paragraph(f"""
         **The median agrees better than the closed form, and is cheaper.** Kept:
         {each(lambda tokens: better(tokens, MEDIAN, CLOSED))}; FLOPs {cost(MEDIAN)} instead of {cost(CLOSED)}. On this
         model the closed form keeps more than adaptive does, on average, at every point but the last.""")
-    yield from prose(f"""
+    yield from paragraph(f"""
         **More patches on the way are not more agreement.** p90 and max drop later than the median and cost more. Kept,
         p90 less median: {each(lambda tokens: better(tokens, P90, MEDIAN))}; max less median:
         {each(lambda tokens: better(tokens, MAX, MEDIAN))}. A patch that stays longer than with adaptive is scored once
         more, and is a key to all others meanwhile.""")
-    yield from prose(f"""
+    yield from paragraph(f"""
         **Nor is agreement accuracy.** Right answers, median less closed form: {answers(MEDIAN, CLOSED)} points; max
         less median: {answers(MAX, MEDIAN)}. Adaptive is what a schedule stands in for, not the best there is: what
         drops late may answer better and agree less. At half of the FLOPs ({HALF}) a schedule keeps {ends(HALF)} as
         adaptive does, yet right answers change by {answers(HALF, ADAPTIVE)} points.""")
-    yield from prose(f"""
+    yield from paragraph(f"""
         **Masked with calibrated capacities has the shapes, and the FLOPs, of static max, and agrees best**: kept
         {ends(MASKED)}, where static max has {ends(MAX)}. Of the held-out pictures it clamps
         {each(lambda tokens: f"{held_out(one(tokens, MASKED))['clamped']:.0%}")}. Full capacity costs {cost(FULL)},
         calibrated {cost(MASKED)}, adaptive itself {cost(ADAPTIVE)}; what masks and counts cost on the device is not in
         these.""")
-    yield from prose(f"""
+    yield from paragraph(f"""
         **flops=X does not overfit by much.** Kept on the pictures that it was searched on, less kept on held-out ones:
         {each(lambda tokens: f"{gap(one(tokens, SEVEN)):+.3f}")} with 0.7,
         {each(lambda tokens: f"{gap(one(tokens, HALF)):+.3f}")} with 0.5; the closed form, which has seen no picture,
         has {each(lambda tokens: f"{gap(one(tokens, CLOSED)):+.3f}")}. That it agrees less than the median is its
         budget's doing: adaptive costs more.""")
-    yield from prose("""
+    yield from paragraph("""
         **There is little to save in this tower**: adaptive drops most of the surplus at the last point, after which one
         of the eleven layers is left. The decoder gains whatever the schedule.""")
 
@@ -214,16 +215,16 @@ def sizes(data: Section) -> Iterator[str]:
     yield from ["", "## How many pictures"]
     draws = draws_by_size(data)
     tokens = budgets(data)[-1]
-    yield from prose(f"""
+    yield from paragraph(f"""
         Median constants and capacities for {tokens} patches from more and from fewer pictures, half of which are held
         out. Draws of one size share no picture. *Held out*: kept at the end, on the draw's own held-out half. *Others*:
         the same on {min(200, data["scenes"])} scenes that no draw has, where adaptive and the constants can be
         compared between draws. Mean over draws, and least to most. Medians settle
         with few pictures; greatest counts, of which a capacity is one, take more.""")
-    yield from header("pictures", "draws", "held out", "others", "clamped, of others", "constants of the first draw")
+    yield from table("pictures", "draws", "held out", "others", "clamped, of others", "constants of the first draw")
     for size, some in draws.items():
         held, others, clamped = ([one[name] for one in some] for name in ("held_out", "others", "clamped"))
-        yield row(
+        yield line(
             *(str(size), str(len(some)), spread(held, ".3f"), spread(others, ".3f"), spread(clamped, ".0%")),
             " ".join(map(str, some[0]["counts"])),
         )
@@ -233,19 +234,6 @@ def draws_by_size(data: Section) -> dict[int, list[Section]]:
     some = [(name, one) for name, one in sorted(data["results"].items()) if "draw" in name]
     present = sorted({one["pictures"] for _, one in some})
     return {size: [one for _, one in some if one["pictures"] == size] for size in present}
-
-
-def prose(text: str) -> list[str]:
-    """One paragraph on one line, after an empty one."""
-    return ["", " ".join(text.split())]
-
-
-def header(*columns: str) -> list[str]:
-    return ["", row(*columns), "|---|" + "---:|" * (len(columns) - 1)]
-
-
-def row(*some: str) -> str:
-    return f"| {' | '.join(some)} |"
 
 
 def points(span: Span) -> str:

@@ -20,16 +20,17 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
+from verify_engines import Build, builder, failed, rehash, row
 
 from calib.calibration import load_calibration
 from engines import verify as module
-from engines.comparison import TOLERANCES, Judge, Row, jaccard, relative_error
+from engines.comparison import TOLERANCES, Judge, jaccard, relative_error
 from engines.numerics import CALIBRATION
 from engines.pipeline import BuildSettings, build_directory
 from engines.reference import ExportedWeights, TorchVision, choose
-from engines.verify import Report, print_report, verify
+from engines.verify import print_report, verify
 from flowcut.aliases import ASSETS, resolve
-from flowcut.artifacts import read_manifest, write_manifest
+from flowcut.artifacts import read_manifest
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits, vision_contract
 from flowcut.errors import CheckpointError, ConfigError, EngineError
@@ -38,45 +39,19 @@ from flowcut.vision import VisionModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Build = Callable[..., Path]
 PATCHES = LlavaConfig.from_file(ASSETS / "llava-tiny" / "config.json").vision.patches
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     """build(precision, ..) -> engine directory as the pipeline publishes it, built once; copy it before changing it."""
-    built: dict[str, Path] = {}
-
-    def write(precision: str = "fp32", **settings: Any) -> Path:
-        key = repr((precision, sorted(settings.items())))
-        if key not in built:
-            out = tmp_path_factory.mktemp("engines") / "engine"
-            chosen = {"model": "llava-tiny", "precision": precision, "backend": "ort", "max_prompt": 64, **settings}
-            built[key] = build_directory(BuildSettings(out=out, **chosen), Progress(disable=True)).directory
-        return built[key]
-
-    return write
+    return builder(tmp_path_factory, model="llava-tiny", max_prompt=64)
 
 
 @pytest.fixture
 def engine(build: Build, tmp_path: Path) -> Path:
     """A copy of the fp32 engine, to be spoiled."""
     return shutil.copytree(build("fp32"), tmp_path / "engine")
-
-
-def rehash(directory: Path, **changes: Any) -> Path:
-    """Make the manifest agree with the files again, so that only their content can give them away."""
-    write_manifest(directory, replace(read_manifest(directory), **changes))
-    return directory
-
-
-def failed(report: Report) -> set[tuple[str, str]]:
-    return {(r.graph, r.output) for r in report.rows if r.verdict == "FAILED"}
-
-
-def row(report: Report, graph: str, runner: str, output: str) -> Row:
-    (found,) = (r for r in report.rows if (r.graph, r.runner, r.output) == (graph, runner, output))
-    return found
 
 
 # What is right passes

@@ -16,26 +16,24 @@ import pytest
 from conftest import WriteCheckpoint
 from next_checkpoint import write_next
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from rich.progress import Progress
+from verify_engines import Build, builder, failed, rehash, row
 
 from engines import verify as module
 from engines import verify_inputs
-from engines.comparison import TOLERANCES, Row
+from engines.comparison import TOLERANCES
 from engines.loading import graph_contracts
-from engines.pipeline import BuildSettings, build_directory
 from engines.reference import ExportedWeights
 from engines.reference_next import TorchPruning, TorchTiles
 from engines.runners import onnx_runner
 from engines.verify import Report, verify
 from flowcut.aliases import resolve
 from flowcut.anyres import NO_TOKEN, image_slots, vision_feeds
-from flowcut.artifacts import Manifest, read_manifest, write_manifest
+from flowcut.artifacts import Manifest, read_manifest
 from flowcut.contract import Limits, vision_contract
 from flowcut.schedule import make_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Build = Callable[..., Path]
 Outputs = dict[str, np.ndarray]
 
 
@@ -47,37 +45,13 @@ def source(checkpoint: WriteCheckpoint, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def build(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """build(precision, ..) -> engine directory, built once; copy it before changing it. Of LLaVA-NeXT, if not said."""
-    built: dict[str, Path] = {}
-
-    def write(precision: str = "fp32", **settings: Any) -> Path:
-        key = repr((precision, sorted(settings.items())))
-        if key not in built:
-            out = tmp_path_factory.mktemp("engines") / "engine"
-            chosen = {"model": str(source), "tokens": 24, "precision": precision, "backend": "ort", **settings}
-            built[key] = build_directory(BuildSettings(out=out, **chosen), Progress(disable=True)).directory
-        return built[key]
-
-    return write
+    return builder(tmp_path_factory, model=str(source), tokens=24)
 
 
 @pytest.fixture
 def engine(build: Build, tmp_path: Path) -> Path:
     """A copy of the fp32 engine, to be spoiled."""
     return shutil.copytree(build("fp32"), tmp_path / "engine")
-
-
-def rehash(directory: Path, **changes: Any) -> Path:
-    write_manifest(directory, replace(read_manifest(directory), **changes))
-    return directory
-
-
-def failed(report: Report) -> set[tuple[str, str]]:
-    return {(r.graph, r.output) for r in report.rows if r.verdict == "FAILED"}
-
-
-def row(report: Report, graph: str, runner: str, output: str) -> Row:
-    (found,) = (r for r in report.rows if (r.graph, r.runner, r.output) == (graph, runner, output))
-    return found
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
