@@ -26,6 +26,7 @@ make results     measure accuracy against tokens kept again, for docs/results
 make setup       install everything for development into .venv
 make test        lint, then the tests that take seconds (no GPU, no network)
 make test-long   the tests that take minutes
+make soak        the hour-long versions of tests of threads, killed builds, damaged directories and odd input
 make test-gpu    the tests that need a CUDA device; elsewhere each is skipped with the reason
 make lint        ruff, mypy, import-linter
 make format      let ruff rewrite the code
@@ -77,7 +78,7 @@ TYPES       := tensorrt-stubs==10.13.0.35.1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help engine tiny results setup test test-long test-gpu lint format clean distclean
+.PHONY: help engine tiny results setup test test-long soak test-gpu lint format clean distclean
 
 help:
 	@: $(info $(HELP))
@@ -108,10 +109,13 @@ results: $(DEV)
 setup: $(DEV)
 
 test: lint
-	$(PYTEST) -m "not long and not gpu" --cov --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not long and not gpu and not soak" --cov --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-long: $(DEV)
 	$(PYTEST) -m "long and not gpu"
+
+soak: $(DEV)
+	$(PYTEST) -m soak -rs --durations=0
 
 test-gpu: $(DEV)
 	$(PYTEST) -m gpu -rs

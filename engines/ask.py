@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from engines.pictures import Geometry
-from engines.runtime import Generation, LlavaEngine, pruning
+from engines.reading import pruning
+from engines.runtime import Generation, LlavaEngine, Sampling
 from flowcut.anyres import choose_tiling, image_slots
 from flowcut.budget import Budget
 from flowcut.config import LlavaConfig
@@ -138,12 +139,13 @@ class Answer:
 def ask(engine: LlavaEngine, question: Question) -> Answer:
     """Answer once to warm up, then up to `question.repeats` times for the clock."""
     manifest, images = engine.manifest, list(question.images)
-    prompt, new_tokens = question.prompt(manifest.geometry), question.new_tokens(manifest.limits.max_new_tokens)
-    first = engine.generate(images, prompt, new_tokens)
+    prompt = question.prompt(manifest.geometry)
+    sampling = Sampling(question.new_tokens(manifest.limits.max_new_tokens))
+    first = engine.generate(images, prompt, sampling)
     runs: list[Generation] = []
     deadline = time.perf_counter() + PATIENCE_S
     while len(runs) < question.repeats and (not runs or time.perf_counter() < deadline):
-        runs.append(engine.generate(images, prompt, new_tokens))
+        runs.append(engine.generate(images, prompt, sampling))
     return Answer(first, first.prompt_tokens[0], _summary(runs))
 
 

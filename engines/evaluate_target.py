@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from engines.pipeline import BuildSettings, build_directory
-from engines.runtime import LlavaEngine, load_engine
+from engines.runtime import LlavaEngine, Sampling, load_engine
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import MANIFEST, Manifest, read_manifest
 from flowcut.budget import Budget, make_budget
@@ -127,7 +127,7 @@ class EngineAnswerer:
         limits = engine.manifest.limits
         self._engine = engine
         self._prompts = min(limits.max_batch, limits.max_images)
-        self._new_tokens = min(NEW_TOKENS, limits.max_new_tokens)
+        self._sampling = Sampling(min(NEW_TOKENS, limits.max_new_tokens))
 
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[Sequence[str]]) -> list[list[str]]:
         """See Answerer."""
@@ -136,7 +136,7 @@ class EngineAnswerer:
         answers: list[str] = []
         for start in range(0, len(pairs), self._prompts):
             some = pairs[start : start + self._prompts]
-            generation = self._engine.generate([p for p, _ in some], [text for _, text in some], self._new_tokens)
+            generation = self._engine.generate([p for p, _ in some], [text for _, text in some], self._sampling)
             answers += generation.texts
         words = iter(answers)
         return [[next(words) for _ in texts] for texts in questions]
@@ -150,7 +150,7 @@ def _open_directory(settings: EvalSettings, directory: Path) -> tuple[Subject, A
         )
     manifest = read_manifest(directory)
     _check_built(settings, manifest, directory)
-    engine = load_engine(directory, settings.backend, settings.threads, exact=True)
+    engine = load_engine(directory, settings.backend, threads=settings.threads, exact=True)
     subject = Subject(
         model=manifest.model,
         note=manifest.note,
@@ -253,7 +253,7 @@ def _exported(settings: EvalSettings, schedules: Sequence[Schedule], progress: P
         with tempfile.TemporaryDirectory(prefix="flowcut-") as directory:
             target = Path(directory) / "engine"
             build_directory(_build(settings, schedule, target), progress)
-            yield schedule.selector, EngineAnswerer(load_engine(target, "ort", settings.threads, exact=True))
+            yield schedule.selector, EngineAnswerer(load_engine(target, "ort", threads=settings.threads, exact=True))
 
 
 def _build(settings: EvalSettings, schedule: Schedule, target: Path) -> BuildSettings:

@@ -8,30 +8,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from engines.backends import CHOICES, Backend, gpu_present, trt_module
 from engines.cuda_device import CudaDevice, cuda_core, no_gpu
-from engines.session import OrtSession, Session, on_cuda
+from engines.options import Options
+from engines.ort_session import OrtSession, on_cuda
+from engines.session import Session
 from engines.stages import Chain
 from engines.trt_session import TrtSession
 from engines.widen import NOTE, widened, widened_contract
 from flowcut.artifacts import Manifest, read_manifest
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, language_contract, language_contracts, vision_contract
-from flowcut.errors import ConfigError, EngineError, FlowCutError
+from flowcut.errors import EngineError, FlowCutError
 from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 
 LOG = logging.getLogger("flowcut.engines")
 TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor.json"
-
-
-class OrtOptions(NamedTuple):
-    """See OrtSession."""
-
-    threads: int | None
-    exact: bool
 
 
 @dataclass(frozen=True)
@@ -46,14 +40,12 @@ class Parts:
     settings: ImageSettings
 
 
-def open_directory(directory: Path, backend: str, threads: int | None, exact: bool = False) -> Parts:
+def open_directory(directory: Path, backend: str, options: Options) -> Parts:
     """Check a directory and open what is in it. See engines.runtime.load_engine."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"threads must be at least 1, got {threads!r}.")
     manifest = read_manifest(directory)
     chosen = choose_backend(manifest, backend)
     check_used_files(directory, manifest, chosen)
-    vision, language = _sessions(directory, manifest, chosen, OrtOptions(threads, exact))
+    vision, language = _sessions(directory, manifest, chosen, options)
     geometry = manifest.geometry
     tokenizer = Tokenizer.from_file(directory / TOKENIZER, geometry.image_token_id, geometry.text.vocab_size)
     settings = ImageSettings.from_dict(json.loads((directory / PREPROCESSOR).read_text(encoding="utf-8")))
@@ -111,7 +103,7 @@ def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> N
         raise EngineError(f"{directory} must hold what was built there, got {'; '.join(problems)}. Build it again.")
 
 
-def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: OrtOptions) -> tuple[Session, Session]:
+def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: Options) -> tuple[Session, Session]:
     """Vision and the decoder, whose stages are one session."""
     contracts = graph_contracts(manifest)
     if backend == "ort":
@@ -142,7 +134,7 @@ def graph_precisions(manifest: Manifest) -> dict[str, Precision]:
 
 
 def _ort_sessions(
-    directory: Path, manifest: Manifest, contracts: Sequence[GraphContract], options: OrtOptions
+    directory: Path, manifest: Manifest, contracts: Sequence[GraphContract], options: Options
 ) -> list[Session]:
     """bf16 graphs as they are on a GPU whose provider takes them, else widened to float32."""
     precisions, sessions, wide = graph_precisions(manifest), list[Session](), list[str]()
@@ -150,22 +142,22 @@ def _ort_sessions(
         path = directory / f"{contract.name}.onnx"
         session = None
         if precisions[contract.name] != "bf16":
-            session = OrtSession(path, contract, *options)
+            session = OrtSession(path, contract, options)
         elif on_cuda():
             session = _unless_refused(path, contract, options)
         if session is None:
             wide.append(contract.name)
             with widened(path) as copy:
-                session = OrtSession(copy, widened_contract(contract), *options)
+                session = OrtSession(copy, widened_contract(contract), options)
         sessions.append(session)
     if wide:
         LOG.warning("%s: %s.", ", ".join(wide), NOTE)
     return sessions
 
 
-def _unless_refused(path: Path, contract: GraphContract, options: OrtOptions) -> OrtSession | None:
+def _unless_refused(path: Path, contract: GraphContract, options: Options) -> OrtSession | None:
     try:
-        return OrtSession(path, contract, *options)
+        return OrtSession(path, contract, options)
     except EngineError as error:
         LOG.info("%s: not as it is: %s", contract.name, error)
         return None

@@ -7,19 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from engines.session import Array
-from flowcut.anyres import NO_TOKEN, choose_tiling, kept_patches, vision_feeds
+from flowcut.anyres import NO_TOKEN, Tiling, choose_tiling, kept_patches, vision_feeds
 from flowcut.config import LlavaConfig
 from flowcut.contract import GraphContract
-from flowcut.preprocess import ImageSettings, pixel_values
-from flowcut.tiles import tiled_pixels
 
 Tokens = NDArray[np.int64]
+
+
+class Sized(Protocol):
+    """A picture as far as it is measured."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+
+class Prepared(Protocol):
+    """A picture as the tower takes it."""
+
+    @property
+    def pixels(self) -> NDArray[np.float32]: ...
+
+    @property
+    def tiling(self) -> Tiling | None: ...
 
 
 @dataclass(frozen=True)
@@ -29,23 +44,19 @@ class Geometry:
     config: LlavaConfig
     tokens: int
 
-    def rows(self, images: Sequence[Image.Image]) -> list[int]:
+    def rows(self, images: Sequence[Sized]) -> list[int]:
         """Places that each picture has in a prompt: as many as it can have visual tokens."""
         if not self.config.anyres or not images:
             return [self.tokens] * len(images)
         tilings = [choose_tiling(self.config, *image.size) for image in images]
         return list(vision_feeds(self.config, self.tokens, tilings).rows)
 
-    def feeds(
-        self, images: Sequence[Image.Image], settings: ImageSettings, contract: GraphContract
-    ) -> dict[str, Array]:
+    def feeds(self, images: Sequence[Prepared], contract: GraphContract) -> dict[str, Array]:
         """All that the vision graph takes for at least one picture."""
-        dtype = contract.inputs[0].dtype
-        if not self.config.anyres:
-            return {"pixel_values": pixel_values(images, settings).astype(dtype, copy=False)}
-        pixels, tilings = tiled_pixels(images, settings, self.config)
-        others = vision_feeds(self.config, self.tokens, tilings).arrays()
-        return {"pixel_values": pixels.astype(dtype, copy=False), **others}
+        pixels = np.concatenate([image.pixels for image in images]).astype(contract.inputs[0].dtype, copy=False)
+        tilings = [image.tiling for image in images if image.tiling is not None]
+        others = vision_feeds(self.config, self.tokens, tilings).arrays() if self.config.anyres else {}
+        return {"pixel_values": pixels, **others}
 
     def left(self, kept: Tokens, results: Mapping[str, Array]) -> list[Tokens]:
         """Numbers of the patches of each picture that are left at the end.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
+from engines.options import Options
+from engines.ort_session import OrtSession
 from engines.pictures import Geometry
 from engines.pipeline import graph_metadata, save_graph
 from engines.prune_question import Asked
 from engines.prune_result import Floats, Integers, Pruned
-from engines.runtime import pruning
-from engines.session import Array, OrtSession, feeds_of
+from engines.reading import pruning
+from engines.session import Array, feeds_of
 from flowcut.aliases import Model
 from flowcut.anyres import Tiling, image_slots, kept_patches, vision_feeds
 from flowcut.budget import PRUNE_LAYER, Budget
@@ -103,7 +105,7 @@ class _Graphs:
         with tempfile.TemporaryDirectory(prefix="flowcut-") as directory:
             path = Path(directory) / f"{contract.name}.onnx"
             save_graph(graph, path, self.progress)
-            return OrtSession(path, contract, self.threads)
+            return OrtSession(path, contract, Options(threads=self.threads))
 
 
 def _room(prompts: Sequence[Encoded]) -> int:

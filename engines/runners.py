@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from engines.backends import MODULES
+from engines.ort_session import EXACT
 from engines.profiles import check_tensors
-from engines.session import EXACT, Array, results_of, state_pairs
+from engines.session import Array, results_of, state_pairs
 from engines.widen import widened
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.deps import require

@@ -7,9 +7,10 @@ What else a stage returns is a result of the whole decoder, wherever in it the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from engines.session import Array, DeviceTensor, Result, Session, State, feeds_of, results_of, sizes_of
+from engines.session import Array, DeviceTensor, Feed, LayerTime, Result, Session, State, feeds_of, results_of, sizes_of
 from flowcut.contract import GraphContract
 from flowcut.errors import EngineError
 
@@ -37,9 +38,20 @@ class Chain:
         """See Session."""
         return ChainState(batch, [stage.allocate_state(batch) for stage in self.stages])
 
-    def run(
-        self, feeds: Mapping[str, Array | DeviceTensor], state: State | None = None, keep: Collection[str] = ()
-    ) -> Result:
+    def place(self, array: Array) -> DeviceTensor:
+        """See Session."""
+        return self.stages[0].place(array)
+
+    def layer_times(self) -> list[LayerTime]:
+        """See Session."""
+        times = [time for stage in self.stages for time in stage.layer_times()]
+        return sorted(times, key=lambda time: -time.total_ms)
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """See Session."""
+        return sum((Counter(stage.memory_bytes()) for stage in self.stages), Counter())
+
+    def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
         """See Session. device_ms is the sum over stages, without what passes between them."""
         sizes_of(self.contract, feeds, state)
         if not isinstance(state, ChainState):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,20 @@ from engines.backends import trt_module
 from engines.cuda_device import REMEDY, CudaDevice, host_view
 from engines.listeners import BuildLog, make_logger
 from engines.profiles import NUMPY_NAMES, check_tensors
-from engines.session import Array, DeviceTensor, Result, State, feeds_of, results_of, sizes_of, state_pairs
+from engines.session import (
+    Array,
+    DeviceTensor,
+    Feed,
+    LayerTime,
+    Result,
+    State,
+    bytes_of,
+    feeds_of,
+    results_of,
+    shape_of,
+    sizes_of,
+    state_pairs,
+)
 from flowcut.contract import GraphContract, TensorSpec, itemsize
 from flowcut.errors import EngineError
 
@@ -43,6 +56,12 @@ class TrtTensor:
             staging.copy_from(self.buffer, stream=self.device.stream)
             self.device.stream.sync()
         return host_view(staging, self.shape, self.dtype).copy()
+
+    def split(self) -> list[DeviceTensor]:
+        """See DeviceTensor."""
+        if self.shape[0] == 1:
+            return [self]
+        return [_placed(self.device, row[None]) for row in self.numpy()]
 
 
 class TrtState:
@@ -100,9 +119,19 @@ class TrtSession:
         weakref.finalize(state, self._free_caches.append, buffers)
         return state
 
-    def run(
-        self, feeds: Mapping[str, Array | DeviceTensor], state: State | None = None, keep: Collection[str] = ()
-    ) -> Result:
+    def place(self, array: Array) -> TrtTensor:
+        """See Session."""
+        return _placed(self.device, array)
+
+    def layer_times(self) -> list[LayerTime]:
+        """See Session."""
+        return []
+
+    def memory_bytes(self) -> Mapping[str, int]:
+        """See Session."""
+        return {}
+
+    def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
         """See Session. device_ms is between CUDA events around the execution."""
         sizes = sizes_of(self.contract, feeds, state)
         with self.device.lock:
@@ -150,8 +179,18 @@ class TrtSession:
     def _bind(self, name: str, buffer: Any) -> None:
         self._check(self._context.set_tensor_address(name, int(buffer.handle)), f"take the address of {name}")
 
-    def _bind_input(self, name: str, value: Array | DeviceTensor) -> None:
-        self._check(self._context.set_input_shape(name, tuple(value.shape)), f"take {name} of shape {value.shape}")
+    def _bind_input(self, name: str, value: Feed) -> None:
+        shape = shape_of(value)
+        self._check(self._context.set_input_shape(name, tuple(shape)), f"take {name} of shape {shape}")
+        if isinstance(value, Sequence):
+            start = int(self._buffers[name].handle)
+            for each in value:
+                assert isinstance(each, TrtTensor)
+                target = self.device.cuda.Buffer.from_handle(start, bytes_of(each), owner=self._buffers[name])
+                target.copy_from(self.device.part(each.buffer, bytes_of(each)), stream=self.device.stream)
+                start += bytes_of(each)
+            self._bind(name, self._buffers[name])
+            return
         if isinstance(value, TrtTensor):
             self._bind(name, value.buffer)
             return
@@ -191,3 +230,13 @@ class TrtSession:
 
 def _bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
     return math.prod(spec.shape(sizes)) * itemsize(spec.dtype)
+
+
+def _placed(device: CudaDevice, array: Array) -> TrtTensor:
+    with device.lock:
+        device.set_current()
+        buffer, staging = device.allocate(array.nbytes), device.pinned(array.nbytes)
+        host_view(staging, array.shape, array.dtype)[...] = array
+        buffer.copy_from(staging, stream=device.stream)
+        device.stream.sync()
+    return TrtTensor(device, buffer, array.shape, array.dtype)

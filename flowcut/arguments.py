@@ -8,11 +8,11 @@ from typing import Any, NoReturn, get_args
 
 import flowcut
 from flowcut.arguments_calibrate import add_calibrate
+from flowcut.arguments_run import add_inspect, add_question, add_run, add_verify
 from flowcut.arguments_shared import add_llm_tokens, add_model, add_selector, command, tokens
 from flowcut.config import Precision
 
 PRECISIONS = get_args(Precision)
-QUESTION = "What color is the circle?"
 EXAMPLES = """examples:
   flowcut engine llava-tiny --ask
   flowcut engine llava-1.5-7b --weights random --decoder-layers 2 --backend ort
@@ -43,8 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flowcut.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = (_add_engine, _add_export, _add_prune, _add_run, _add_eval, add_calibrate)
-    for add in (*adders, _add_verify, _add_inspect, _add_plugin):
+    adders = (_add_engine, _add_export, _add_prune, add_run, _add_eval, add_calibrate)
+    for add in (*adders, add_verify, add_inspect, _add_plugin):
         add(commands)
     return parser
 
@@ -138,24 +138,11 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         help="write DIR/<model>-<tokens>-<precision>-<backend>, with the selector after the tokens if it is not "
         "flowcut (default: build)",
     )
-    _add_question(parser).add_argument(
+    add_question(parser).add_argument(
         "--ask",
         action="store_true",
         help="then ask it about a picture, and time it; implied by the options below",
     )
-
-
-def _add_question(parser: argparse.ArgumentParser) -> Any:
-    group = parser.add_argument_group("question")
-    add = group.add_argument
-    add("--image", type=Path, nargs="+", action="extend", metavar="FILE", help="pictures (default: a bundled one)")
-    text = group.add_mutually_exclusive_group()
-    text.add_argument("--question", metavar="TEXT", help=f"put into the model's template (default: {QUESTION})")
-    text.add_argument("--prompt", metavar="TEXT", help="taken as it is, with one <image> per picture")
-    add("--answer-tokens", type=int, metavar="N", help="longest answer shown (default: 32)")
-    add("--repeats", type=int, default=5, metavar="N", help="timed runs after a warm-up, for at most 20 s (default: 5)")
-    add("--threads", type=int, metavar="N", help="of ONNX Runtime on the CPU (default: its own choice)")
-    return group
 
 
 def _add_prune(commands: Any) -> None:
@@ -214,28 +201,6 @@ def _add_prune(commands: Any) -> None:
     )
 
 
-def _add_run(commands: Any) -> None:
-    parser = command(
-        commands,
-        "run",
-        "ask an engine a question about a picture",
-        "Answers greedily and prints what was kept and how long each stage took.",
-        "answer, token_ids, ended, kept, prompt_tokens, pruned_prompt_tokens, latency_ms, model, weights, note, "
-        "tokens, llm_tokens, selector, schedule, precision, vision_precision, backend and built_for; LLaVA-NeXT's also "
-        "has grids, each picture's rows and columns of tiles: kept numbers the base tile's P patches first, then "
-        "P + row * W + column of the tiles' patches, W a row",
-    )
-    _add_directory(parser)
-    parser.add_argument(
-        "--backend",
-        choices=["auto", "rtx", "trt", "ort"],
-        default="auto",
-        help="ort runs everywhere; rtx and trt need a GPU and a directory built for them (default: auto = the "
-        "directory's own, ort where that cannot run)",
-    )
-    _add_question(parser)
-
-
 def _add_eval(commands: Any) -> None:
     parser = command(
         commands,
@@ -282,31 +247,6 @@ def _add_eval(commands: Any) -> None:
     add("--threads", type=int, metavar="N", help="of the CPU (default: the library's choice)")
 
 
-def _add_verify(commands: Any) -> None:
-    parser = command(
-        commands,
-        "verify",
-        "compare torch, ONNX Runtime and TensorRT on an engine's graphs",
-        "TensorRT is compared where there is a GPU. Names, shapes, types, kept patches and values, with tolerances.",
-        "directory, model, note, precision, inputs, tolerance, rows and ok",
-    )
-    _add_directory(parser)
-    parser.add_argument(
-        "--checkpoint", metavar="MODEL", help="the alias or directory it was built from (default: as the manifest says)"
-    )
-
-
-def _add_inspect(commands: Any) -> None:
-    parser = command(
-        commands,
-        "inspect",
-        "say what an engine directory is",
-        "Compares its files with the manifest's hashes; a difference is exit code 1.",
-        "manifest, differences and ok",
-    )
-    _add_directory(parser)
-
-
 def _add_plugin(commands: Any) -> None:
     parser = command(
         commands,
@@ -338,10 +278,6 @@ def _add_plugin(commands: Any) -> None:
     )
     add("--precision", nargs="+", metavar="TYPE", help="of K and V: fp16, bf16, fp32 (default: all)")
     add("--precompile", action="store_true", help="compile what is neither shipped nor cached, for later builds")
-
-
-def _add_directory(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="ENGINE_DIR", help="what `flowcut engine` wrote")
 
 
 def _compute_capability(text: str) -> int:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flowcut.arguments import QUESTION, make_parser
+from flowcut.arguments import make_parser
+from flowcut.arguments_run import QUESTION
 from flowcut.errors import FlowCutError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _ask(console: Console, directory: Path, backend: str, threads: int | None, q
     from engines.ask import ask
     from engines.runtime import load_engine
 
-    engine = load_engine(directory, backend, threads)
+    engine = load_engine(directory, backend, threads=threads, picture_cache_mb=0)  # each repeat is to see the picture
     answer = ask(engine, question)
     report.answered(console, engine, question, answer)
     return answer.to_dict(engine, question)

@@ -21,3 +21,15 @@ class InputError(FlowCutError):
 
 class EngineError(FlowCutError):
     """An engine or engine directory that cannot be built, loaded or run."""
+
+
+class RequestTimeout(FlowCutError):
+    """A request that was not answered in its time. The engine is well, and so are other requests."""
+
+
+class RequestCancelled(FlowCutError):
+    """A request that its owner called off."""
+
+
+class QueueFull(FlowCutError):
+    """More requests than may wait. Nothing was begun: send it again later."""

@@ -28,7 +28,7 @@ from engines import load_engine
 from engines.ask import Question, ask
 from engines.backends import gpu_present
 from engines.pipeline import BuildSettings, Built, build_directory
-from engines.runtime import LlavaEngine
+from engines.runtime import LlavaEngine, Sampling
 from flowcut.aliases import ASSETS, Model, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.deps import available
@@ -208,7 +208,7 @@ def test_engine_equals_transformers_with_pruning_off(
     prefill = ours.prefill(photograph(), QUESTION)
     assert prefill.lengths.tolist() == [len(reference.encoded.input_ids)]
     assert relative_error(prefill.logits[0], reference.logits[-1]) < 1e-5
-    assert ours.generate(photograph(), QUESTION, STEPS).token_ids == [reference.tokens]
+    assert ours.generate(photograph(), QUESTION, Sampling(STEPS)).token_ids == [reference.tokens]
 
 
 @pytest.mark.parametrize("schedule", ["static", "masked"])
@@ -222,7 +222,7 @@ def test_pruned_engine_equals_the_torch_modules(
     logits, kept, tokens = reference.answer(picture, reference.schedule(schedule, TOKENS[model]), 16)
     np.testing.assert_array_equal(prefill.kept[0][0], kept)
     assert relative_error(prefill.logits[0], logits) < 1e-4
-    assert ours.generate(picture, QUESTION, 16).token_ids == [tokens]
+    assert ours.generate(picture, QUESTION, Sampling(16)).token_ids == [tokens]
 
 
 def test_masked_engine_keeps_what_the_adaptive_schedule_keeps(engine: Engines, eager: Callable[[str], Eager]) -> None:
@@ -239,9 +239,10 @@ def test_decoding_with_the_cache_equals_prefilling_the_longer_prompt(
 ) -> None:
     """The engine's own prefill of prompt and answer, so no other implementation is involved."""
     ours, encode = engine(model, TOKENS[model]), eager(model).tokenizer.encode
-    session, tokens = ours._language, ours.manifest.tokens
-    answer = ours.generate(photograph(), QUESTION, 12).token_ids[0]
-    embeds = ours.prefill(photograph(), QUESTION).pictures["image_embeds"]
+    session, tokens = ours.model.language, ours.manifest.tokens
+    answer = ours.generate(photograph(), QUESTION, Sampling(12)).token_ids[0]
+    seen = ours.model.pictures.get(ours.reader.open(photograph()).key)
+    assert seen is not None
     prompt = encode(QUESTION, [tokens], tokens)
     for n in range(1, len(answer)):
         ids = np.concatenate([prompt.input_ids, answer[:n]])[None]
@@ -251,7 +252,7 @@ def test_decoding_with_the_cache_equals_prefilling_the_longer_prompt(
             "position_ids": np.arange(ids.shape[1])[None],
             "image_rows": rows,
             "last_token": np.array([ids.shape[1] - 1]),
-            "image_embeds": embeds,
+            "image_embeds": seen.rows["image_embeds"],
         }
         logits = session.run(feeds, session.allocate_state(1)).arrays["logits"]
         assert int(logits[0].argmax()) == answer[n], f"token {n}"
@@ -262,13 +263,13 @@ def test_an_image_alone_and_in_a_batch_gives_the_same(schedule: str, engine: Eng
     ours = engine("llava-tiny", 16, schedule)
     pictures: list[Any] = [photograph(), another(1), another(2), another(3)]
     prompts = [QUESTION, question_prompt("Why?"), QUESTION, question_prompt("Who is this, and where?")]
-    together, answers = ours.prefill(pictures, prompts), ours.generate(pictures, prompts, 16)
+    together, answers = ours.prefill(pictures, prompts), ours.generate(pictures, prompts, Sampling(16))
     assert len({tuple(kept[0].tolist()) for kept in together.kept}) == 4
     for b, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         alone = ours.prefill(picture, prompt)
         np.testing.assert_array_equal(together.kept[b][0], alone.kept[0][0])
         assert relative_error(together.logits[b], alone.logits[0]) < 1e-5
-        assert answers.token_ids[b] == ours.generate(picture, prompt, 16).token_ids[0]
+        assert answers.token_ids[b] == ours.generate(picture, prompt, Sampling(16)).token_ids[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -293,7 +294,7 @@ def test_onnx_runtime_runs_the_very_files_that_were_compiled(build: Build) -> No
     assert check_files(directory, read_manifest(directory)) == []
     before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
     assert all(before[name] == record.sha256 for name, record in built.manifest.files.items())
-    answer = load_engine(directory, "ort").generate(photograph(), QUESTION, 8)
+    answer = load_engine(directory, "ort").generate(photograph(), QUESTION, Sampling(8))
     assert answer.texts[0]
     assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()} == before
     for graph, report in built.reports.items():

@@ -15,8 +15,9 @@ from calib.awq import search
 from calib.calibration import Calibration, smoothed
 from calib.groups import DECODER, decoder_groups
 from calib.inputs import Inputs
+from engines.options import Options
+from engines.ort_session import OrtSession
 from engines.pipeline import save_graph
-from engines.session import OrtSession
 from engines.widen import widened, widened_contract
 from export.language import language_model
 from flowcut.aliases import Model, resolve
@@ -114,7 +115,7 @@ def run_ort(precision: Precision, calibrated: bool, hidden: np.ndarray, progress
         save_graph(graph, path, progress)
         if precision == "bf16":
             with widened(path) as copy:
-                session = OrtSession(copy, widened_contract(contract), exact=True)
+                session = OrtSession(copy, widened_contract(contract), Options(exact=True))
         else:
-            session = OrtSession(path, contract, exact=True)
+            session = OrtSession(path, contract, Options(exact=True))
         return session.run(feeds, session.allocate_state(1)).arrays["hidden.1"][0].astype(np.float32)

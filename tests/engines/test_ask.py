@@ -13,7 +13,7 @@ from PIL import Image
 
 from engines import ask as module
 from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
-from engines.runtime import Generation, LlavaEngine
+from engines.runtime import Generation, LlavaEngine, Sampling
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError, InputError
 from flowcut.prompt import question_prompt
@@ -27,13 +27,15 @@ class Engine:
     def __init__(self, limit: int = 64, absent: tuple[str, ...] = ()) -> None:
         self.absent = absent
         self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit), geometry=CONFIG)
-        self.calls: list[tuple[list[Path], str, int]] = []
+        self.calls: list[tuple[list[Path], str, Sampling]] = []
 
-    def generate(self, images: Any, prompt: str, max_new_tokens: int) -> Generation:
-        self.calls.append((images, prompt, max_new_tokens))
+    def generate(self, images: Any, prompt: str, sampling: Sampling) -> Generation:
+        self.calls.append((images, prompt, sampling))
         n = len(self.calls)
         latency = {stage: 10.0 * n for stage in (*STAGES, "total") if stage not in self.absent}
-        return Generation([f"answer {n}"], [[1] * max_new_tokens], [False], [[np.arange(3)]], [40 + n], [40], latency)
+        return Generation(
+            [f"answer {n}"], [[1] * sampling.max_new_tokens], ["length"], [[np.arange(3)]], [40 + n], [40], latency
+        )
 
 
 def asked(engine: Engine, question: Question) -> module.Answer:
@@ -43,7 +45,7 @@ def asked(engine: Engine, question: Question) -> module.Answer:
 def test_the_first_answer_is_shown_and_not_timed() -> None:
     engine = Engine()
     answer = asked(engine, Question((Path("a.png"),), "p", 7, repeats=4))
-    assert engine.calls == [([Path("a.png")], "p", 7)] * 5
+    assert engine.calls == [([Path("a.png")], "p", Sampling(7))] * 5
     assert answer.generation.texts == ["answer 1"]
     assert answer.prompt_tokens == 41
     assert answer.latency_ms.keys() == set(STAGES)

@@ -15,7 +15,9 @@ from PIL import Image
 from tiny_engine import TinyEngine, write_engine
 
 from engines import load_engine, loading
-from engines.session import OrtSession
+from engines.options import Options
+from engines.ort_session import OrtSession
+from engines.runtime import Sampling
 from engines.stages import Chain
 from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.errors import EngineError
@@ -48,7 +50,7 @@ def answer(directory: Path, backend: str = "ort") -> tuple[np.ndarray, list[list
     """Logits of a prefill of two prompts, and what follows."""
     engine = load_engine(directory, backend, threads=1)
     logits = engine.prefill(pictures(), PROMPTS).logits
-    return logits, engine.generate(pictures(), PROMPTS, 12).token_ids
+    return logits, engine.generate(pictures(), PROMPTS, Sampling(12)).token_ids
 
 
 def error(a: np.ndarray, b: np.ndarray) -> float:
@@ -74,7 +76,7 @@ def test_stages_answer_the_same_on_a_gpu(write: Write, backend: str, monkeypatch
 
 def test_every_stage_has_the_one_device(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = fake_gpu.install(monkeypatch)
-    language = loading.open_directory(write(stages=2, backend="rtx").directory, "rtx", None).language
+    language = loading.open_directory(write(stages=2, backend="rtx").directory, "rtx", Options()).language
     assert isinstance(language, Chain)
     assert len({id(stage.device) for stage in language.stages}) == 1  # type: ignore[attr-defined]
     assert len(gpu.streams) == 1

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from engines import pipeline
 from engines.build import BuildReport
 from engines.pipeline import BuildSettings, Built, build_directory
-from engines.runtime import load_engine
+from engines.runtime import Sampling, load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
@@ -69,7 +69,7 @@ def test_directory_is_named_after_a_selector_that_is_not_flowcut(tmp_path: Path,
     built = build_directory(replace(TINY, out_root=tmp_path, tokens=20, selector=name), Progress(disable=True))
     assert built.directory == tmp_path / f"llava-tiny-20-{name}-fp16-ort"
     assert built.manifest.schedule["selector"] == name
-    kept = load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", 1).kept[0][0]
+    kept = load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", Sampling(1)).kept[0][0]
     assert len(kept) == 20
 
 
@@ -318,4 +318,4 @@ def test_a_checkpoint_without_a_tokenizer_gets_a_stand_in_and_says_so(tmp_path: 
     (source / "tokenizer.json").unlink()
     built = build(tmp_path / "e", model=str(source))
     assert built.manifest.note == "stand-in tokenizer (no tokenizer.json in the checkpoint)"
-    assert load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", 1).kept
+    assert load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", Sampling(1)).kept

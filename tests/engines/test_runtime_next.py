@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_engine import TinyEngine, write_engine
 
 from engines import load_engine
-from engines.runtime import LlavaEngine
+from engines.runtime import LlavaEngine, Sampling
 from flowcut.anyres import choose_tiling
 from flowcut.contract import Limits
 from flowcut.errors import InputError
@@ -124,7 +124,7 @@ class Eager:
 def check(engine: LlavaEngine, eager: Eager, images: list[list[Image.Image]], prompts: list[str]) -> None:
     """Every answer of a batch is that of its prompt alone in eager torch."""
     steps = 32
-    prefill, answer = engine.prefill(images, prompts), engine.generate(images, prompts, steps)
+    prefill, answer = engine.prefill(images, prompts), engine.generate(images, prompts, Sampling(steps))
     ends = engine.manifest.geometry.eos_token_ids
     for b, (own, prompt) in enumerate(zip(images, prompts, strict=True)):
         expected = eager.answer(own, prompt, steps)
@@ -158,10 +158,10 @@ def test_the_pictures_above_have_every_number_of_tiles_and_fewer_tokens_than_wan
     next_engine: LlavaEngine, eager: Eager
 ) -> None:
     assert {choose_tiling(eager.config, *size).tiles for size in SIZES.values()} == {3, 4, 5}
-    answer = next_engine.generate(picture(0, SIZES["1x3000"]), ONE, 1)
+    answer = next_engine.generate(picture(0, SIZES["1x3000"]), ONE, Sampling(1))
     assert answer.prompt_tokens == answer.pruned_prompt_tokens
     assert len(answer.kept[0][0]) < 24
-    answer = next_engine.generate(picture(0, SIZES["square"]), ONE, 1)
+    answer = next_engine.generate(picture(0, SIZES["square"]), ONE, Sampling(1))
     assert len(answer.kept[0][0]) == 24
     assert answer.prompt_tokens[0] > answer.pruned_prompt_tokens[0]
 
@@ -173,15 +173,15 @@ def test_a_batch_of_different_numbers_of_tiles_and_of_none_is_answered_as_each_a
     images = [[picture(7 * b + i, SIZES[name]) for i, name in enumerate(own)] for b, own in enumerate(sizes)]
     prompts = [ONE, "Look: " + ONE + " And is it red?", TEXT, TWO]
     check(next_engine, eager, images, prompts)
-    together = next_engine.generate(images, prompts, 32)
+    together = next_engine.generate(images, prompts, Sampling(32))
     for b, (own, prompt) in enumerate(zip(images, prompts, strict=True)):
-        assert next_engine.generate([own], [prompt], 32).token_ids == [together.token_ids[b]]
+        assert next_engine.generate([own], [prompt], Sampling(32)).token_ids == [together.token_ids[b]]
 
 
 def test_each_of_two_pictures_has_a_budget_of_its_own(next_engine: LlavaEngine, eager: Eager) -> None:
     pair = [picture(1, SIZES["square"]), picture(2, SIZES["wide"])]
     check(next_engine, eager, [pair], [TWO])
-    assert [len(kept) for kept in next_engine.generate(pair, TWO, 1).kept[0]] == [24, 24]
+    assert [len(kept) for kept in next_engine.generate(pair, TWO, Sampling(1)).kept[0]] == [24, 24]
 
 
 def test_a_prompt_without_pictures_is_answered_as_eagerly(next_engine: LlavaEngine, eager: Eager) -> None:
@@ -228,9 +228,12 @@ def test_what_the_prefill_reads_of_pictures_does_not_leave_the_device(
 ) -> None:
     tiny = made(tokens=24, backend="rtx")
     fake_gpu.install(monkeypatch)
-    prefill = opened(tiny, "rtx").prefill(picture(0, SIZES["wide"]), ONE)
-    assert prefill.pictures.keys() == {"image_embeds", "image_lengths"}
-    assert not any(isinstance(value, np.ndarray) for value in prefill.pictures.values())
+    engine, image = opened(tiny, "rtx"), picture(0, SIZES["wide"])
+    engine.prefill(image, ONE)
+    seen = engine.model.pictures.get(engine.reader.open(image).key)
+    assert seen is not None
+    assert seen.rows.keys() == {"image_embeds", "image_lengths"}
+    assert not any(isinstance(value, np.ndarray) for value in seen.rows.values())
 
 
 @pytest.mark.parametrize(("tokens", "llm_tokens"), [(48, 16), (2, 1), ("all", 10)])
@@ -244,7 +247,7 @@ def test_llava_tiny_drops_tokens_inside_the_decoder_as_eagerly(tmp_path: Path) -
     tiny = write_engine(tmp_path / "e", tokens=48, llm_tokens=16, limits=LIMITS, random=True)
     images = [[picture(0, (180, 160))], [picture(1, (160, 60))]]
     check(opened(tiny), Eager(tiny), images, [ONE, "Look: " + ONE])
-    assert [len(own[0]) for own in opened(tiny).generate(images, [ONE, ONE], 1).kept] == [16, 16]
+    assert [len(own[0]) for own in opened(tiny).generate(images, [ONE, ONE], Sampling(1)).kept] == [16, 16]
 
 
 def test_with_nothing_pruned_logits_equal_transformers_from_the_picture_on(made: Made) -> None:
@@ -290,5 +293,5 @@ def test_too_many_pictures_or_tokens_are_refused(made: Made, next_engine: LlavaE
 
 def cut(engine: LlavaEngine, text: str, tokens: int) -> str:
     """The longest beginning of a text that is at most so many tokens."""
-    encode = engine._tokenizer.encode
+    encode = engine.reader.tokenizer.encode
     return next(text[:n] for n in range(len(text), 0, -1) if len(encode(text[:n], [], 1).input_ids) <= tokens)

@@ -22,10 +22,11 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 start = time.perf_counter()
 from engines import load_engine
+from engines.runtime import Sampling
 engine = load_engine({directory!r})
 seconds = time.perf_counter() - start
 import numpy as np
-answer = engine.generate(np.zeros((200, 300, 3), np.uint8), "USER: <image>\\nWhat is this? ASSISTANT:", 4)
+answer = engine.generate(np.zeros((200, 300, 3), np.uint8), "USER: <image>\\nWhat is this? ASSISTANT:", Sampling(4))
 print(json.dumps({{"tokens": answer.token_ids, "kept": len(answer.kept[0][0]), "seconds": seconds}}))
 """
 

@@ -14,7 +14,9 @@ from fake_gpu import FakeGpu
 from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines.cuda_device import CudaDevice
-from engines.session import OrtSession, Session, feeds_of
+from engines.options import Options
+from engines.ort_session import OrtSession
+from engines.session import Session, feeds_of
 from engines.stages import Chain
 from engines.trt_session import TrtSession
 from flowcut.contract import GraphContract, cached_layers, language_contract, language_contracts
@@ -49,7 +51,9 @@ def open_decoder(engine: TinyEngine, stages: int, make: Callable[[str, GraphCont
 def on_ort(tiny: Callable[[int], TinyEngine]) -> Open:
     def decoder(stages: int) -> Session:
         engine = tiny(stages)
-        return open_decoder(engine, stages, lambda name, c: OrtSession(engine.directory / f"{name}.onnx", c, 1))
+        return open_decoder(
+            engine, stages, lambda name, c: OrtSession(engine.directory / f"{name}.onnx", c, Options(threads=1))
+        )
 
     return decoder
 

@@ -17,7 +17,7 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines.backends import gpu_present
 from engines.cuda_device import CudaDevice
-from engines.session import OrtSession
+from engines.ort_session import OrtSession
 from engines.trt_session import TrtSession
 from engines.widen import widened, widened_contract
 from flowcut.aliases import resolve

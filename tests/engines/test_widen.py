@@ -14,7 +14,8 @@ from onnx import TensorProto
 from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines import widen as module
-from engines.session import OrtSession
+from engines.options import Options
+from engines.ort_session import OrtSession
 from engines.widen import widened, widened_contract
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, language_contract, vision_contract
@@ -40,7 +41,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def open_graph(tiny: TinyEngine, contract: GraphContract) -> OrtSession:
     with widened(tiny.directory / f"{contract.name}.onnx") as path:
-        return OrtSession(path, widened_contract(contract), threads=1)
+        return OrtSession(path, widened_contract(contract), Options(threads=1))
 
 
 def narrowed(model: torch.nn.Module) -> torch.nn.Module:

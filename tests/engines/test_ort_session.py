@@ -15,8 +15,10 @@ import pytest
 import recipe
 from tiny_engine import LIMITS, TinyEngine, write_engine
 
-from engines import session as module
-from engines.session import OrtSession, feeds_of, results_of, state_pairs
+from engines import ort_session as module
+from engines.options import Options
+from engines.ort_session import OrtSession
+from engines.session import feeds_of, results_of, state_pairs
 from export.builder import GraphBuilder, save
 from flowcut.contract import GraphContract, Range, TensorSpec, language_contract, vision_contract
 from flowcut.errors import EngineError
@@ -36,7 +38,7 @@ def contract_of(tiny: TinyEngine, graph: str) -> GraphContract:
 
 @pytest.fixture(scope="module")
 def open_session(tiny: TinyEngine) -> Callable[[str], OrtSession]:
-    return lambda graph: OrtSession(tiny.directory / f"{graph}.onnx", contract_of(tiny, graph), threads=1)
+    return lambda graph: OrtSession(tiny.directory / f"{graph}.onnx", contract_of(tiny, graph), Options(threads=1))
 
 
 def pixels(tiny: TinyEngine, images: int) -> Feeds:
@@ -337,7 +339,7 @@ def test_exact_leaves_the_inputs_of_rounded_weights_as_they_are(precision: str, 
     truth, kept = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, feeds)
     errors = {}
     for exact in (True, False):
-        arrays = OrtSession(path, contract, exact=exact).run(feeds).arrays
+        arrays = OrtSession(path, contract, Options(exact=exact)).run(feeds).arrays
         same = np.flatnonzero(np.isin(kept[0], arrays["kept"][0]))
         rows = np.searchsorted(arrays["kept"][0], kept[0][same])
         errors[exact] = np.abs(arrays["image_embeds"][0, rows] - truth[0, same]).mean() / np.abs(truth).mean()

@@ -1,0 +1,58 @@
+"""How an engine directory is run: what a user may set without building again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from flowcut.config import is_integer
+from flowcut.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of engines.load_engine, which takes each by its name.
+
+    Attributes:
+        threads: of ONNX Runtime on the CPU; None leaves it to choose: the physical cores.
+        exact: on the CPU, multiply int8 and int4 weights by activations as they are, as TensorRT does. ONNX Runtime
+            rounds these to int8 too, unless told not to, and is several times as fast.
+        concurrency: requests that have their KV cache at once; on a GPU all of their memory is allocated when the
+            engine is loaded. Two overlap the copies of the next with the work of the present.
+        waiting: requests that may wait for one of these to end; one more is refused with QueueFull.
+        picture_cache_mb: for visual tokens of pictures already seen, in MB of 10**6 bytes, so that a second question
+            about a picture does not run vision; 0 turns it off.
+        profile: measure every layer, which slows all of them (see Session.layer_times).
+    """
+
+    threads: int | None = None
+    exact: bool = False
+    concurrency: int = 2
+    waiting: int = 256
+    picture_cache_mb: int = 64
+    profile: bool = False
+
+    @staticmethod
+    def make(given: Mapping[str, Any]) -> Options:
+        """Options by their names.
+
+        Raises:
+            ConfigError: also for a name that none of them has.
+        """
+        known = [field.name for field in fields(Options)]
+        if unknown := sorted(given.keys() - set(known)):
+            raise ConfigError(f"options must be of {', '.join(known)}, got {', '.join(unknown)}.")
+        return Options(**given)
+
+    def __post_init__(self) -> None:
+        least = {"threads": 1, "concurrency": 1, "waiting": 0, "picture_cache_mb": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is None and name == "threads":
+                continue
+            if not is_integer(value) or value < lowest:
+                raise ConfigError(f"{name} must be at least {lowest}, got {value!r}.")
+        for name in ("exact", "profile"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {value!r}.")
