@@ -22,7 +22,7 @@ OUT            =
 define HELP
 make engine      export and compile MODEL into build/, ask it one question about one picture
 make tiny        train llava-tiny from nothing into build/tiny-$(SCALE); goes on where it was interrupted
-make results     measure accuracy against tokens kept again, for docs/results
+make results     measure accuracy against tokens kept again, and what the runtime costs, for docs/results
 make setup       install everything for development into .venv
 make test        lint, then the tests that take seconds (no GPU, no network)
 make test-long   the tests that take minutes
@@ -105,6 +105,7 @@ tiny: $(DEV)
 
 results: $(DEV)
 	$(BIN)/python docs/results/accuracy_by_tokens.py
+	$(BIN)/python docs/results/runtime_overhead.py
 
 setup: $(DEV)
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engines.chat import GREEDY, Chat
+from engines.layer_profile import LayerProfile, collect, forget_times
+from engines.memory import MemoryReport
 from engines.pictures import Geometry
 from engines.reading import pruning
 from engines.runtime import Generation, LlavaEngine, Sampling
 from flowcut.anyres import choose_tiling, image_slots
 from flowcut.budget import Budget
+from flowcut.chat import ChatTemplate, user
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits
 from flowcut.errors import ConfigError, InputError
 from flowcut.preprocess import open_image
-from flowcut.prompt import IMAGE, PLACES, Tokenizer, batch, question_prompt
+from flowcut.prompt import IMAGE, PLACES, Tokenizer, batch
 from flowcut.selector import selector_name
 
 ANSWER_TOKENS = 32
@@ -39,6 +43,8 @@ class Question:
         text: a question, to be put into the model's template; or a prompt, with one `<image>` per picture.
         template: whether it is a question.
         answer_tokens: longest answer; None: 32, or what the engine allows if that is less.
+        earlier: questions of the same chat that come before it, about the same pictures.
+        sampling: but for max_new_tokens.
     """
 
     images: tuple[Path, ...]
@@ -46,6 +52,8 @@ class Question:
     answer_tokens: int | None = None
     repeats: int = 5
     template: bool = False
+    earlier: tuple[str, ...] = ()
+    sampling: Sampling = GREEDY
 
     def __post_init__(self) -> None:
         for name, value in (("repeats", self.repeats), ("answer_tokens", self.answer_tokens)):
@@ -70,14 +78,16 @@ class Question:
         """Width and height of each picture, in pixels."""
         return [open_image(path).size for path in self.images]
 
-    def prompt(self, config: LlavaConfig) -> str:
-        """As a model takes it."""
-        return question_prompt(self.text, len(self.images), anyres=config.anyres) if self.template else self.text
+    def prompt(self, template: ChatTemplate) -> str:
+        """As a model takes it that has this template, without the earlier questions."""
+        return template.render([user(self.text, len(self.images))]) if self.template else self.text
 
-    def check_fits(self, tokenizer: Tokenizer, config: LlavaConfig, budget: Budget, limits: Limits) -> None:
+    def check_fits(
+        self, tokenizer: Tokenizer, template: ChatTemplate, config: LlavaConfig, budget: Budget, limits: Limits
+    ) -> None:
         """Raise InputError for a prompt or an answer too long for an engine that keeps so many tokens."""
         rows = Geometry(config, budget.tokens).rows([open_image(path) for path in self.images])
-        encoded = tokenizer.encode(self.prompt(config), rows, image_slots(config, budget.tokens))
+        encoded = tokenizer.encode(self.prompt(template), rows, image_slots(config, budget.tokens))
         batch([encoded], limits.max_prompt, pruning(config, budget, limits))
         self.new_tokens(limits.max_new_tokens)
 
@@ -102,11 +112,19 @@ class Answer:
         prompt_tokens: length of the prompt with its visual tokens.
         latency_ms: per stage its "median" and "p90" over the "n" counted runs that had it; None where none had, as
             "decode_per_token" of an answer that ends at its first token.
+        profile: where "vision" and "language" spent the counted runs; empty unless loaded with Options.profile.
+        memory: of the engine after them; None likewise.
+        prompt: what was asked, with the earlier questions and their answers.
+        earlier: these answers.
     """
 
     generation: Generation
     prompt_tokens: int
     latency_ms: Mapping[str, Summary]
+    profile: Mapping[str, LayerProfile] = field(default_factory=dict)
+    memory: MemoryReport | None = None
+    prompt: str = ""
+    earlier: tuple[str, ...] = ()
 
     def to_dict(self, engine: LlavaEngine, question: Question) -> dict[str, Any]:
         """What the last line of `flowcut run` holds."""
@@ -117,6 +135,8 @@ class Answer:
             "answer": self.generation.texts[0],
             "token_ids": self.generation.token_ids[0],
             "ended": self.generation.ended[0],
+            "finish": self.generation.finish[0],
+            **({"earlier": list(self.earlier)} if self.earlier else {}),
             "kept": [numbers.tolist() for numbers in self.generation.kept[0]],
             **({"grids": [[tiling.rows, tiling.columns] for tiling in cuts]} if config.anyres else {}),
             "prompt_tokens": self.prompt_tokens,
@@ -133,20 +153,52 @@ class Answer:
             "vision_precision": manifest.vision_precision,
             "backend": engine.backend,
             "built_for": manifest.backend,
+            **({"profile": {graph: each.to_dict() for graph, each in self.profile.items()}} if self.profile else {}),
+            **({} if self.memory is None else {"memory": self.memory.to_dict()}),
         }
 
 
-def ask(engine: LlavaEngine, question: Question) -> Answer:
-    """Answer once to warm up, then up to `question.repeats` times for the clock."""
+def ask(engine: LlavaEngine, question: Question, show: Callable[[str], None] | None = None) -> Answer:
+    """Answer once to warm up, then up to `question.repeats` times for the clock. `show` gets the first answer's text as
+    it comes."""
     manifest, images = engine.manifest, list(question.images)
-    prompt = question.prompt(manifest.geometry)
-    sampling = Sampling(question.new_tokens(manifest.limits.max_new_tokens))
-    first = engine.generate(images, prompt, sampling)
+    sampling = replace(question.sampling, max_new_tokens=question.new_tokens(manifest.limits.max_new_tokens))
+    prompt, earlier = _conversation(engine, question, sampling)
+    first = (
+        engine.generate(images, prompt, sampling) if show is None else _shown(engine, images, prompt, sampling, show)
+    )
+    profiled = engine.options.profile
+    if profiled:
+        forget_times(engine.model)
     runs: list[Generation] = []
     deadline = time.perf_counter() + PATIENCE_S
     while len(runs) < question.repeats and (not runs or time.perf_counter() < deadline):
         runs.append(engine.generate(images, prompt, sampling))
-    return Answer(first, first.prompt_tokens[0], _summary(runs))
+    answer = Answer(first, first.prompt_tokens[0], _summary(runs), prompt=prompt, earlier=earlier)
+    return replace(answer, profile=collect(engine.model), memory=engine.memory()) if profiled else answer
+
+
+def _conversation(engine: LlavaEngine, question: Question, sampling: Sampling) -> tuple[str, tuple[str, ...]]:
+    """The prompt, and the answers to the earlier questions in it."""
+    if not question.earlier:
+        return question.prompt(engine.template), ()
+    chat, images, answers = Chat(engine, sampling), question.images, list[str]()
+    for text in question.earlier:
+        answers += chat.ask(text, images).texts
+        images = ()
+    return chat.prompt(question.text)[1], tuple(answers)
+
+
+def _shown(
+    engine: LlavaEngine, images: list[Path], prompt: str, sampling: Sampling, show: Callable[[str], None]
+) -> Generation:
+    chunks = engine.stream(images, prompt, sampling)
+    while True:
+        try:
+            show(next(chunks).text)
+        except StopIteration as end:
+            answer: Generation = end.value
+            return answer
 
 
 def _summary(runs: Sequence[Generation]) -> dict[str, Summary]:

@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 from rich.progress import Progress
 
 from engines.backends import Backend, check_build
-from engines.child import start_child
+from engines.child import die_with_parent, start_child
 from engines.compiler import BuildReport, BuildRequest, compile_engine
 from engines.progress import Phases
 from flowcut.contract import GraphContract
@@ -117,6 +117,7 @@ def _epitaph(request: BuildRequest, status: int, output: IO[bytes]) -> str:
 
 def serve(fileno: int) -> None:
     """The child: receive a BuildRequest, send events, then ("done", BuildReport) or ("failed", FlowCutError)."""
+    die_with_parent()
     connection = Connection(fileno)
     request = connection.recv()
     threading.Thread(target=_exit_with_parent, args=[connection], daemon=True).start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -28,3 +30,12 @@ def start_child(
     return subprocess.Popen(
         arguments, stdin=subprocess.DEVNULL, pass_fds=fds, env=variables, process_group=0, **streams
     )
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends, however that comes (Linux's prctl).
+
+    Waiting for the end of the pipe would do but for libraries that hold Python's lock through long calls.
+    """
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

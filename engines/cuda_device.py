@@ -1,10 +1,13 @@
-"""The GPU as the TensorRT sessions use it: one device, one stream, buffers and events, through cuda.core."""
+"""The GPU as the TensorRT sessions use it: one device, streams, memory and events, through cuda.core.
+
+All that is computed goes through one stream, `compute`, in the order of `lock`. Whoever copies has a stream of its own
+and orders the two with events, so that one request's copies run beside another's execution.
+"""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import math
 import threading
 from typing import Any
 
@@ -37,7 +40,12 @@ def cuda_core(backend: str) -> Any:
 
 
 class CudaDevice:
-    """The first GPU and one stream on it, shared by the sessions of an engine so that their work stays in order.
+    """The first GPU, shared by the sessions of an engine.
+
+    Attributes:
+        compute: the stream of everything that computes. Sessions share scratch memory on the strength of its order.
+        side: for copies that belong to no run: constants, rows, tensors that somebody looks at.
+        lock: held while work is put on `compute`, never while somebody waits for it.
 
     Raises:
         FlowCutError: cuda-core is not installed.
@@ -53,41 +61,52 @@ class CudaDevice:
         except Exception as error:  # of the driver's loader or of CUDA, by what is missing
             LOG.debug("cuda.core: %s", error)
             raise no_gpu(backend) from error
-        self.stream = self._device.create_stream()
+        self.compute, self.side = self.stream(), self.stream()
         self._pinned = self.cuda.LegacyPinnedMemoryResource()
+
+    @property
+    def capability(self) -> str:
+        """The compute capability as TensorRT names it: "sm90"."""
+        return f"sm{self._device.arch}"
 
     def set_current(self) -> None:
         """CUDA's current device belongs to a thread: call this in each before anything else."""
         self._device.set_current()
 
+    def stream(self) -> Any:
+        """A new one, which waits for no other unless told to."""
+        return self._device.create_stream()
+
+    def event(self, timed: bool = False) -> Any:
+        """One that may be recorded again and again; the difference of two timed ones is milliseconds."""
+        return self._device.create_event(self.cuda.EventOptions(timing_enabled=timed))
+
     def allocate(self, size_bytes: int) -> Any:
-        """Memory on the device.
+        """Memory on the device, for any stream. Waits for `compute`: for the time of loading only.
 
         Raises:
             EngineError: the device is full.
         """
         try:
-            return self._device.allocate(size_bytes, stream=self.stream)
+            buffer = self._device.allocate(size_bytes, stream=self.compute)
+            self.compute.sync()
         except Exception as error:
             raise EngineError(
-                f"the GPU must have {size_bytes} bytes free, got: {' '.join(str(error).split())}. Free its memory, or "
-                "rebuild the engine with smaller --max-batch, --max-images or --max-prompt."
+                f"the GPU must have {size_bytes} bytes free, got: {' '.join(str(error).split())}. Free its memory, "
+                "load the engine with smaller concurrency or picture_cache_mb, or rebuild it with smaller --max-batch, "
+                "--max-images or --max-prompt."
             ) from error
+        return buffer
 
     def pinned(self, size_bytes: int) -> Any:
-        """Memory on the host that the device can copy from and to."""
+        """Memory on the host that the device can copy from and to while the host goes on."""
         return self._pinned.allocate(size_bytes)
 
-    def part(self, buffer: Any, size_bytes: int) -> Any:
-        """The first bytes of a buffer: copies take buffers of equal size."""
-        return self.cuda.Buffer.from_handle(int(buffer.handle), size_bytes, owner=buffer)
-
-    def mark(self) -> Any:
-        """An event after everything that was put on the stream; the difference of two is milliseconds."""
-        return self.stream.record(options=self.cuda.EventOptions(timing_enabled=True))
+    def part(self, buffer: Any, offset: int, size_bytes: int) -> Any:
+        """Some bytes of a buffer, which stays alive with them: copies take buffers of equal size."""
+        return self.cuda.Buffer.from_handle(int(buffer.handle) + offset, size_bytes, owner=buffer)
 
 
-def host_view(buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The first bytes of pinned memory as an array that shares them. Before numpy 2.1 it could not be written to."""
-    array: NDArray[Any] = np.from_dlpack(buffer).view(np.uint8)[: math.prod(shape) * dtype.itemsize]
-    return array.view(dtype).reshape(shape)
+def host_bytes(buffer: Any) -> NDArray[np.uint8]:
+    """Pinned memory as an array that shares it. Before numpy 2.1 it could not be written to."""
+    return np.from_dlpack(buffer).view(np.uint8)

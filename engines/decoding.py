@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from engines.clock import Clock
 from engines.control import Control
-from engines.gate import Gate
+from engines.gate import Door
 from engines.model import Model, Prefill
 from engines.reading import Request
 from engines.sampling import Sampler
+from engines.stopping import StopStrings
+from flowcut.detokenize import TextStream
 from flowcut.errors import FlowCutError
 from flowcut.prompt import Tokenizer
 
@@ -28,7 +30,8 @@ class Chunk:
 
     Attributes:
         index: of the prompt.
-        text: that is certain by now, "" where the token alone makes no whole character.
+        text: that is certain by now; "" where the token makes no whole character, or a stop string may begin with it.
+            The chunks' texts put together are the answer's.
         token_id: the token; None where the answer ended with none, as at its end token.
         finish: with the last chunk, why it is the last; None before.
     """
@@ -43,8 +46,9 @@ class Reply:
     """The answer to one request of a batch."""
 
     def __init__(self, index: int, request: Request, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
-        self.request, self._index, self._tokenizer = request, index, tokenizer
+        self.request, self._index = request, index
         self._sampler = Sampler(request.sampling, request.encoded.input_ids)
+        self._stream, self._stop = TextStream(tokenizer), StopStrings(request.sampling.stop)
         self._eos = frozenset(eos_token_ids)
         self.token_ids: list[int] = []
         self.text = ""
@@ -62,16 +66,33 @@ class Reply:
         """Choose the next token from its logits, [vocab]. None of an answer that is done, or ends here in an error."""
         if self.done or not self.check():
             return None
-        token = self._sampler.next(logits)
-        self.last = token
-        if token in self._eos:
-            self.finish = "end"
-            return Chunk(self._index, "", None, self.finish)
+        try:
+            token = self.last = self._sampler.next(logits)
+        except FlowCutError as error:
+            self.error = error
+            return None
+        text = self._ended() if token in self._eos else self._taken(token)
+        self.text += text
+        return Chunk(self._index, text, None if token in self._eos else token, self.finish)
+
+    def _taken(self, token: int) -> str:
+        """What may be told with one more token."""
         self.token_ids.append(token)
-        if len(self.token_ids) == self.request.sampling.max_new_tokens:
+        text = self._stop.add(self._stream.add(token), self._stream.maybe)
+        if self._stop.found:
+            self.finish = "stop"
+        elif len(self.token_ids) == self.request.sampling.max_new_tokens:
             self.finish = "length"
-        before, self.text = self.text, self._tokenizer.decode(self.token_ids)
-        return Chunk(self._index, self.text[len(before) :], token, self.finish)
+            text += self._rest()
+        return text
+
+    def _ended(self) -> str:
+        self.finish = "end"
+        return self._rest()
+
+    def _rest(self) -> str:
+        """What was held back, of an answer that ends without a stop string."""
+        return self._stop.add(self._stream.rest()) + self._stop.rest()
 
     def check(self) -> bool:
         """Whether the request may go on; if not, `error` says why."""
@@ -90,14 +111,14 @@ class Answering:
     """
 
     def __init__(
-        self, model: Model, gate: Gate, replies: Sequence[Reply], control: Control, clock: Clock | None = None
+        self, model: Model, gate: Door, replies: Sequence[Reply], control: Control, clock: Clock | None = None
     ) -> None:
         self.replies = list(replies)
         self.prefill: Prefill | None = None
         self._model, self._gate, self._control, self._clock = model, gate, control, clock or Clock()
         self._steps, self._first_ms = 0, 0.0
 
-    def __iter__(self) -> Iterator[list[Chunk]]:
+    def __iter__(self) -> Generator[list[Chunk], None, None]:
         """What each step adds. Closing the iterator gives the place back.
 
         Raises:
@@ -112,19 +133,22 @@ class Answering:
             clock.stop("queue")
             self.prefill = self._model.prefill(requests, clock)
             logits = self.prefill.logits
-            while True:
-                chunks = [reply.add(row) for reply, row in zip(self.replies, logits, strict=True)]
-                if self._steps:
-                    clock.stop("decode")
-                else:
-                    self._first_ms = clock.since_start()
-                yield [chunk for chunk in chunks if chunk is not None]
-                clock.skip()
-                if all(reply.done for reply in self.replies):
-                    return
-                tokens = np.array([reply.last for reply in self.replies], np.int64)
-                logits = self._model.step(self.prefill, tokens, self._steps)
-                self._steps += 1
+            try:
+                while True:
+                    chunks = [reply.add(row) for reply, row in zip(self.replies, logits, strict=True)]
+                    if self._steps:
+                        clock.stop("decode")
+                    else:
+                        self._first_ms = clock.since_start()
+                    yield [chunk for chunk in chunks if chunk is not None]
+                    clock.skip()
+                    if all(reply.done for reply in self.replies):
+                        return
+                    tokens = np.array([reply.last for reply in self.replies], np.int64)
+                    logits = self._model.step(self.prefill, tokens, self._steps)
+                    self._steps += 1
+            finally:  # whoever takes this place needs the cache, and this may be held for long: by an error, say
+                self.prefill = replace(self.prefill, state=None)
 
     def latency_ms(self) -> dict[str, float]:
         """See Generation."""

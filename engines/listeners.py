@@ -1,4 +1,4 @@
-"""What TensorRT calls back while it builds: logger, progress monitor, stream writer.
+"""What TensorRT calls back while it builds (logger, progress monitor, stream writer) and runs (logger, profiler).
 
 The base classes belong to a module that is a parameter (tensorrt_rtx or tensorrt), so each class is made by a
 function. An exception that leaves a callback is printed and dropped by the bindings, and a short count from the
@@ -124,3 +124,19 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
             return len(data)
 
     return Writer()
+
+
+def make_profiler(trt: Any) -> Any:
+    """A trt.IProfiler. `times` maps a layer's name to [calls, milliseconds of all of them]."""
+
+    class Profiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, list[float]] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            total = self.times.setdefault(layer_name, [0, 0.0])
+            total[0] += 1
+            total[1] += ms
+
+    return Profiler()

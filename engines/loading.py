@@ -1,8 +1,7 @@
-"""From an engine directory to open sessions: which backend, are the files what was built, and what they hold."""
+"""From an engine directory to open sessions: which backend, may it be trusted, and what it holds."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -12,12 +11,16 @@ from pathlib import Path
 from engines.backends import CHOICES, Backend, gpu_present, trt_module
 from engines.cuda_device import CudaDevice, cuda_core, no_gpu
 from engines.options import Options
-from engines.ort_session import OrtSession, on_cuda
+from engines.ort_loading import on_cuda
+from engines.ort_session import OrtSession
 from engines.session import Session
 from engines.stages import Chain
 from engines.trt_session import TrtSession
+from engines.trust import PREPROCESSOR, TOKENIZER, require_trust
 from engines.widen import NOTE, widened, widened_contract
 from flowcut.artifacts import Manifest, read_manifest
+from flowcut.chat import FILE as TEMPLATE
+from flowcut.chat import ChatTemplate, make_template
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, language_contract, language_contracts, vision_contract
 from flowcut.errors import EngineError, FlowCutError
@@ -25,7 +28,6 @@ from flowcut.preprocess import ImageSettings
 from flowcut.prompt import Tokenizer
 
 LOG = logging.getLogger("flowcut.engines")
-TOKENIZER, PREPROCESSOR = "tokenizer.json", "preprocessor.json"
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,21 @@ class Parts:
     language: Session
     tokenizer: Tokenizer
     settings: ImageSettings
+    template: ChatTemplate
 
 
 def open_directory(directory: Path, backend: str, options: Options) -> Parts:
-    """Check a directory and open what is in it. See engines.runtime.load_engine."""
+    """Check a directory, then open what is in it. See engines.runtime.load_engine."""
     manifest = read_manifest(directory)
     chosen = choose_backend(manifest, backend)
-    check_used_files(directory, manifest, chosen)
+    require_trust(directory, manifest, chosen)
     vision, language = _sessions(directory, manifest, chosen, options)
     geometry = manifest.geometry
     tokenizer = Tokenizer.from_file(directory / TOKENIZER, geometry.image_token_id, geometry.text.vocab_size)
     settings = ImageSettings.from_dict(json.loads((directory / PREPROCESSOR).read_text(encoding="utf-8")))
-    return Parts(manifest, chosen, vision, language, tokenizer, settings)
+    source = (directory / TEMPLATE).read_text(encoding="utf-8") if TEMPLATE in manifest.files else None
+    template = make_template(source, tokenizer, geometry)
+    return Parts(manifest, chosen, vision, language, tokenizer, settings, template)
 
 
 def choose_backend(manifest: Manifest, name: str) -> Backend:
@@ -64,7 +69,7 @@ def choose_backend(manifest: Manifest, name: str) -> Backend:
     if name == "ort":
         return "ort"
     if name == "auto":
-        if own != "ort" and (reason := _why_not(own)):
+        if own != "ort" and (reason := why_not(own)):
             LOG.info("backend %s cannot run here (%s); using ONNX Runtime.", own, reason)
             return "ort"
         return own
@@ -78,31 +83,6 @@ def choose_backend(manifest: Manifest, name: str) -> Backend:
     return own
 
 
-def check_used_files(directory: Path, manifest: Manifest, backend: Backend) -> None:
-    """Compare the files with the manifest: sizes of all, hashes of those that `backend` uses.
-
-    A plan is executable code and weights decide what is answered, so both are hashed before the library sees them:
-    about a second per GB. Files of another backend are only measured; `flowcut.artifacts.check_files` hashes all.
-
-    Raises:
-        EngineError: files that are missing or differ, all of them named.
-    """
-    suffixes = ("onnx", "onnx.data") if backend == "ort" else ("engine",)
-    needed = {TOKENIZER, PREPROCESSOR, *(f"{graph}.{suffix}" for graph in manifest.graphs for suffix in suffixes)}
-    problems = [f"{name}: not in the manifest" for name in sorted(needed - manifest.files.keys())]
-    for name, record in sorted(manifest.files.items()):
-        path = directory / name
-        got = path.stat().st_size if path.is_file() else None
-        if got is None:
-            problems.append(f"{name}: missing")
-        elif got != record.bytes:
-            problems.append(f"{name}: expected {record.bytes} bytes, got {got}")
-        elif name in needed and (digest := _sha256(path)) != record.sha256:
-            problems.append(f"{name}: expected sha256 {record.sha256}, got {digest}")
-    if problems:
-        raise EngineError(f"{directory} must hold what was built there, got {'; '.join(problems)}. Build it again.")
-
-
 def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: Options) -> tuple[Session, Session]:
     """Vision and the decoder, whose stages are one session."""
     contracts = graph_contracts(manifest)
@@ -110,7 +90,10 @@ def _sessions(directory: Path, manifest: Manifest, backend: Backend, options: Op
         sessions = _ort_sessions(directory, manifest, contracts, options)
     else:
         device = CudaDevice(backend)  # one for all: a stage of the decoder could have one of its own
-        sessions = [TrtSession(directory / f"{c.name}.engine", c, backend, device) for c in contracts]
+        plans = [(c, f"{c.name}.engine") for c in contracts]
+        sessions = [
+            TrtSession(directory / plan, c, backend, device, options, manifest.files[plan].sha256) for c, plan in plans
+        ]
     vision, *stages = sessions
     return vision, stages[0] if len(stages) == 1 else Chain(whole_decoder(manifest), stages)
 
@@ -163,8 +146,8 @@ def _unless_refused(path: Path, contract: GraphContract, options: Options) -> Or
         return None
 
 
-def _why_not(backend: Backend) -> str:
-    """Why TensorRT cannot run here; empty where it can."""
+def why_not(backend: Backend) -> str:
+    """Why TensorRT cannot run here, whatever is to be run; empty where it can."""
     if not gpu_present():
         return "no CUDA GPU is present"
     try:
@@ -173,8 +156,3 @@ def _why_not(backend: Backend) -> str:
     except FlowCutError as error:
         return str(error)
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

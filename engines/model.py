@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.clock import Clock
+from engines.counters import Counters
 from engines.loading import Parts
 from engines.picture_cache import PictureCache, Seen
 from engines.pictures import Tokens
@@ -32,7 +33,7 @@ class Prefill:
         latency_ms: "preprocess" (decode, resize, tokenize), "queue" (waiting for a place), "vision", "prefill", and
             "total" around them all.
         device_ms: "vision" and "prefill" without the copies from and to the host.
-        state: the KV cache.
+        state: the KV cache; None once its answers are complete.
     """
 
     logits: NDArray[np.float32]
@@ -41,17 +42,25 @@ class Prefill:
     pruned_lengths: Tokens
     latency_ms: Mapping[str, float]
     device_ms: Mapping[str, float]
-    state: State
+    state: State | None
 
 
 class Model:
     """The graphs of an engine directory and what they have seen."""
 
-    def __init__(self, parts: Parts, reader: Reader, picture_cache_bytes: int) -> None:
+    def __init__(
+        self, parts: Parts, reader: Reader, picture_cache_bytes: int, counters: Counters | None = None
+    ) -> None:
         self.vision, self.language, self._reader = parts.vision, parts.language, reader
-        self.pictures = PictureCache(picture_cache_bytes)
+        self.pictures, self._counters = PictureCache(picture_cache_bytes), counters or Counters()
         self._inputs = {spec.name: spec for spec in feeds_of(self.language.contract)}
         self._nothing = self._no_picture()
+
+    def close(self) -> None:
+        """Give back what the sessions hold. Nothing may run any more."""
+        self.pictures, self._nothing = PictureCache(0), {}
+        self.vision.close()
+        self.language.close()
 
     def prepare(self, requests: Sequence[Request]) -> None:
         """Compute the pixels that vision will need, in the caller's thread, while the device may be at work."""
@@ -68,6 +77,7 @@ class Model:
         batch = self._reader.batch(requests)
         pictures = [picture for request in requests for picture in request.pictures]
         seen, vision_ms = self._see(pictures)
+        self._counters.batch(len(requests))
         clock.stop("vision")
         state = self.language.allocate_state(len(requests))
         rows = {name: [each.rows[name] for each in seen] for name in self._nothing} if seen else self._nothing
@@ -103,6 +113,7 @@ class Model:
             "image_spans": np.zeros((1, 3), np.int64),
             **self._nothing,
         }
+        self._counters.step()
         logits: NDArray[np.float32] = self.language.run(self._taken(feeds), prefill.state).arrays["logits"]
         return logits
 
@@ -124,6 +135,7 @@ class Model:
                 seen[picture.key] = one
                 self.pictures.put(picture.key, one)
             vision_ms = result.device_ms
+        self._counters.pictures(len(new), len(pictures) - len(new))
         return [each for picture in pictures if (each := seen[picture.key]) is not None], vision_ms
 
     def _no_picture(self) -> dict[str, DeviceTensor]:

@@ -15,7 +15,11 @@ class Options:
     """Of engines.load_engine, which takes each by its name.
 
     Attributes:
-        threads: of ONNX Runtime on the CPU; None leaves it to choose: the physical cores.
+        threads: of ONNX Runtime on the CPU, for one graph at a time; None leaves it to choose: the physical cores, to
+            each of which it ties one thread. With a number they go wherever the system puts them: `taskset` says where
+            they may.
+        spin: on the CPU, threads that have no work wait for more without letting go of their core, though only while a
+            graph runs. False is for cores that are shared with others: it takes less of them and is slower.
         exact: on the CPU, multiply int8 and int4 weights by activations as they are, as TensorRT does. ONNX Runtime
             rounds these to int8 too, unless told not to, and is several times as fast.
         concurrency: requests that have their KV cache at once; on a GPU all of their memory is allocated when the
@@ -23,14 +27,17 @@ class Options:
         waiting: requests that may wait for one of these to end; one more is refused with QueueFull.
         picture_cache_mb: for visual tokens of pictures already seen, in MB of 10**6 bytes, so that a second question
             about a picture does not run vision; 0 turns it off.
+        cuda_graphs: on a GPU, start a decode step as one CUDA graph instead of kernel by kernel.
         profile: measure every layer, which slows all of them (see Session.layer_times).
     """
 
     threads: int | None = None
+    spin: bool = True
     exact: bool = False
     concurrency: int = 2
     waiting: int = 256
     picture_cache_mb: int = 64
+    cuda_graphs: bool = True
     profile: bool = False
 
     @staticmethod
@@ -53,6 +60,6 @@ class Options:
                 continue
             if not is_integer(value) or value < lowest:
                 raise ConfigError(f"{name} must be at least {lowest}, got {value!r}.")
-        for name in ("exact", "profile"):
+        for name in ("spin", "exact", "cuda_graphs", "profile"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {value!r}.")

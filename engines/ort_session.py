@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from engines.backends import gpu_present
 from engines.options import Options
+from engines.ort_loading import CUDA, on_cuda, one_line, open_graph, open_shared, session_options, weight_files
+from engines.ort_profile import Profile, layer_times
 from engines.profiles import check_tensors
 from engines.session import Array, DeviceTensor, Feed, LayerTime, Result, State, results_of, sizes_of, state_pairs
 from flowcut.contract import GraphContract, TensorSpec
@@ -20,24 +21,9 @@ from flowcut.deps import require
 from flowcut.errors import EngineError
 
 LOG = logging.getLogger("flowcut.onnxruntime")
-
-# TF32, its default, rounds float32 products to 10 bits, and near-equal flow scores would rank differently.
-CUDA_PROVIDER = ("CUDAExecutionProvider", {"use_tf32": 0})
-EXACT = ("session.qdq_matmulnbits_accuracy_level", "1")
-"""ONNX Runtime's setting by which inputs of int8 and int4 layers stay float32. By default, 4, they become int8."""
 _BFLOAT16 = 16  # ONNX's number for it
 DEFAULT = Options()
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # others are called as numpy does
-
-
-def on_cuda() -> bool:
-    """Whether ONNX Runtime's CUDA provider is installed and a GPU is present.
-
-    Raises:
-        FlowCutError: onnxruntime is not installed.
-    """
-    providers = require("onnxruntime", extra="cpu").get_available_providers()
-    return "CUDAExecutionProvider" in providers and gpu_present()
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,6 @@ class OrtTensor:
     value: Any
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-
     device: str
 
     def numpy(self) -> Array:
@@ -76,8 +61,12 @@ class OrtState:
 class OrtSession:
     """A graph on ONNX Runtime: its CUDA provider where that is installed and a GPU is present, else the CPU.
 
-    options: its threads and exact. The CPU provider rounds what it multiplies int8 and int4 weights by to int8 as well
-        unless exact: ten times float16's errors, but decoding is 8 times as fast in int4 and 50 times in int8.
+    Sessions of one file and the same options share what ONNX Runtime holds of it, see engines.ort_loading; one with
+    Options.profile is its own.
+
+    options: its threads, spin, exact and profile. The CPU provider rounds what it multiplies int8 and int4 weights by
+        to int8 as well unless exact: ten times float16's errors, but decoding is 8 times as fast in int4 and 50 times
+        in int8.
 
     Raises:
         FlowCutError: onnxruntime is not installed.
@@ -87,29 +76,30 @@ class OrtSession:
     def __init__(self, path: Path, contract: GraphContract, options: Options = DEFAULT) -> None:
         self.contract = contract
         self._ort = require("onnxruntime", extra="cpu")
+        self._weight_bytes = sum(file.stat().st_size for file in weight_files(path))
+        self._profile: Profile | None = None
+        self._zeros: dict[tuple[Any, ...], Any] = {}
         cuda = on_cuda()
-        self.device = "cuda" if cuda else "cpu"
-        providers = [CUDA_PROVIDER] * cuda + ["CPUExecutionProvider"]
-        try:
-            self._session = self._ort.InferenceSession(path, _options(self._ort, options), providers=providers)
-        except Exception as error:  # its errors share no base class
-            raise EngineError(f"{path} could not be loaded by ONNX Runtime: {_one_line(error)}") from error
-        if cuda and "CUDAExecutionProvider" not in self._session.get_providers():
+        if options.profile:
+            chosen = session_options(options)
+            self._profile = Profile(chosen)
+            self._session = open_graph(path, chosen, cuda)
+        else:
+            self._session = open_shared(path, options, cuda)
+        self.device = "cuda" if CUDA in self._session.get_providers() else "cpu"
+        if cuda and self.device == "cpu":
             LOG.warning("%s: CUDA does not start here, so ONNX Runtime uses the CPU.", contract.name)
-            self.device = "cpu"
         check_tensors(f"{contract.name} inputs", contract.inputs, _specs(self._session.get_inputs()))
         check_tensors(f"{contract.name} outputs", contract.outputs, _specs(self._session.get_outputs()))
 
     def allocate_state(self, batch: int) -> OrtState:
         """See Session. Fresh memory each time, so that nothing of an earlier request can remain in it. On the CPU the
         zeros come from the operating system page by page as rows are used, which costs less than clearing a used
-        cache. On CUDA the whole cache is copied from the host for every request, within its prefill's time: ONNX
-        Runtime has no call that clears memory on the device."""
+        cache. On CUDA they are copied from zeros of one layer that are there already."""
         binding, caches = self._session.io_binding(), []
         for spec, present in state_pairs(self.contract):
             shape, narrow = spec.shape({"batch": batch}), spec.dtype == "bfloat16"
-            zeros = np.zeros(shape, np.uint16 if narrow else spec.dtype)
-            cache = self._ort.OrtValue.ortvalue_from_numpy(zeros, self.device)
+            cache = self._zeroed(shape, np.dtype(np.uint16 if narrow else spec.dtype))
             if narrow:  # which numpy has not: the same bits by their address
                 at = (self.device, 0, _BFLOAT16, shape, cache.data_ptr())
                 binding.bind_input(spec.name, *at)
@@ -120,17 +110,40 @@ class OrtSession:
             caches.append(cache)
         return OrtState(batch, binding, tuple(caches))
 
+    def _zeroed(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """An OrtValue of zeros in memory of its own."""
+        make = self._ort.OrtValue
+        if self.device == "cpu":
+            return make.ortvalue_from_numpy(np.zeros(shape, dtype), "cpu")
+        if (zeros := self._zeros.get((shape, dtype))) is None:
+            zeros = self._zeros[shape, dtype] = make.ortvalue_from_numpy(np.zeros(shape, dtype), self.device)
+        cache = make.ortvalue_from_shape_and_type(shape, dtype.type, self.device)
+        cache.update_inplace(zeros)
+        return cache
+
     def place(self, array: Array) -> OrtTensor:
         """See Session."""
         return placed(array, self.device)
 
-    def layer_times(self) -> list[LayerTime]:
+    def forget_times(self) -> None:
         """See Session."""
-        return []
+        if self._profile is not None:
+            self._profile.forget()
+
+    def layer_times(self) -> list[LayerTime]:
+        """See Session. Not while another thread is in `run`."""
+        if self._profile is None:
+            return []
+        return layer_times(self.contract.name, self._profile.end(self._session))
 
     def memory_bytes(self) -> Mapping[str, int]:
-        """See Session."""
-        return {}
+        """See Session. What weights take once they are packed, and its working memory, ONNX Runtime does not tell: see
+        what the process takes, engines.memory."""
+        zeros = sum(value.tensor_size_in_bytes() for value in self._zeros.values())
+        return {"weights": self._weight_bytes, **({"zeros": zeros} if zeros else {})}
+
+    def close(self) -> None:
+        """See Session. ONNX Runtime frees its memory with the last reference to it."""
 
     def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
         """See Session."""
@@ -156,7 +169,10 @@ class OrtSession:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise EngineError(f"{self.contract.name} failed in ONNX Runtime: {_one_line(error)}") from error
+            raise EngineError(f"{self.contract.name} failed in ONNX Runtime: {one_line(error)}") from error
+        finally:
+            if self._profile is not None:
+                self._profile.count()
         return (time.perf_counter() - start) * 1e3
 
     def _bind_kept(self, binding: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> OrtTensor:
@@ -184,27 +200,7 @@ def _bind_array(binding: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> Arr
     return array
 
 
-def _options(ort: Any, chosen: Options) -> Any:
-    options = ort.SessionOptions()
-    # It writes to stderr, past Python's logging: errors that are raised as well, warnings that nobody here can act on.
-    options.log_severity_level = 2 if LOG.isEnabledFor(logging.DEBUG) else 4
-    options.intra_op_num_threads = chosen.threads or 0
-    # Weights are prepacked (the default), which takes a copy of them in memory but computes 104 tokens of 4 layers at
-    # width 2048 in 295 ms instead of 446; decoding, bound by memory, gains nothing. float16 weights become float32
-    # either way, since the CPU provider has no float16 matrix product: twice the file's size.
-    # Two sessions take turns: threads of the one that is done must not spin on the cores that the other needs. On two
-    # cores this takes llava-tiny's vision from 13 to 9 ms.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if chosen.exact:
-        options.add_session_config_entry(*EXACT)
-    return options
-
-
 def _specs(tensors: Any) -> Iterator[TensorSpec]:
     for t in tensors:
         dtype = _DTYPES.get(t.type) or t.type.removeprefix("tensor(").removesuffix(")")
         yield TensorSpec(t.name, dtype, tuple(d if isinstance(d, int) else -1 for d in t.shape))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -29,6 +29,7 @@ from engines.numerics import (
     warn_of_memory,
     weight_bytes,
 )
+from engines.rebuild import build_command, source
 from flowcut.aliases import Model, resolve
 from flowcut.anyres import image_slots
 from flowcut.artifacts import (
@@ -41,7 +42,9 @@ from flowcut.artifacts import (
     timestamp,
     write_manifest,
 )
+from flowcut.atomic import remove_leftovers
 from flowcut.budget import Budget, make_budget
+from flowcut.chat import FILE, ChatTemplate, make_template, read_template
 from flowcut.config import LlavaConfig, Precision
 from flowcut.contract import GraphContract, Limits, language_contracts, vision_contract
 from flowcut.deps import require
@@ -55,8 +58,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 LOG = logging.getLogger("flowcut.engines")
-Check = Callable[[Tokenizer, LlavaConfig, Budget, Limits], None]
-"""Takes the model's tokenizer and geometry, the visual tokens kept and the engine's limits."""
+Check = Callable[[Tokenizer, ChatTemplate, LlavaConfig, Budget, Limits], None]
+"""Takes the model's tokenizer, chat template and geometry, the visual tokens kept and the engine's limits."""
 TEXT_TOKENS = 192
 """Room for a prompt's text where --max-prompt does not say otherwise."""
 CODE_BYTES, SETTINGS_BYTES = 100 << 20, 5 << 20
@@ -140,11 +143,13 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     limits = _limits(settings, config.text.max_position_embeddings, image_slots(config, budget.tokens))
     contracts = graph_contracts(config, budget, numerics, limits)
     tokenizer = Tokenizer.from_file(model.tokenizer, config.image_token_id, config.text.vocab_size)
+    template = read_template(model.files)
     if check is not None:
-        check(tokenizer, config, budget, limits)
+        check(tokenizer, make_template(template, tokenizer, config), config, budget, limits)
     image_settings = ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints)
     name = _directory_name(model.name, budget.label(config), schedule.selector, settings.precision, backend)
     target = settings.out or settings.out_root / name
+    remove_leftovers(target)
     check_replaceable(target)
     needed = weight_bytes(config, numerics)
     check_space(target, needed + SETTINGS_BYTES + (0 if backend == "ort" else needed + CODE_BYTES))
@@ -163,6 +168,8 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
         if calibration is not None:
             shutil.copyfile(calibration, directory / CALIBRATION)
         _write_json(directory / "preprocessor.json", image_settings.to_dict())
+        if template is not None:
+            (directory / FILE).write_text(template, encoding="utf-8")
         manifest = write_manifest(
             directory, _manifest(settings, model, schedule, budget, numerics, limits, targets, seconds)
         )
@@ -300,12 +307,6 @@ def _limits(settings: BuildSettings, positions: int, tokens: int) -> Limits:
     return Limits(settings.max_batch, settings.max_images, prompt, answer)
 
 
-def _source(model: str) -> str:
-    """Where `verify` may find the checkpoint again."""
-    directory = Path(model).expanduser()
-    return str(directory.resolve()) if directory.is_dir() else model
-
-
 def _versions(backend: Backend) -> dict[str, str]:
     """Installed distributions and, whatever its distribution is called, the library that compiled."""
     if backend == "ort":
@@ -327,7 +328,7 @@ def _manifest(
     backend = resolve_backend(settings.backend)
     return Manifest(
         model=model.name,
-        source=_source(settings.model),
+        source=source(settings.model),
         weights="random" if model.weights.random else "checkpoint",
         note=model.note,
         source_sha256=model.weights.sha256,
@@ -344,6 +345,7 @@ def _manifest(
         versions=_versions(backend),
         compute_capabilities=built_for(backend, targets),
         created=timestamp(),
+        command=build_command(settings, backend),
         seed=settings.seed if model.weights.random else 0,
         build_seconds={name: round(value, 2) for name, value in seconds.items()},
     )

@@ -20,15 +20,11 @@ from flowcut.artifacts import Manifest
 from flowcut.budget import Budget
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits, pruned_limit
-from flowcut.errors import InputError
+from flowcut.errors import InputError, TooLarge
 from flowcut.preprocess import ImageSettings, open_image, pixel_values
 from flowcut.prompt import Batch, Encoded, Pruning, Tokenizer, batch
 from flowcut.tiles import image_tiles
 
-Picture = Path | str | bytes | Image.Image | NDArray[np.uint8]
-"""Whatever flowcut.preprocess.open_image takes."""
-Pictures = Picture | Sequence[Picture]
-"""Of one prompt."""
 _NONE = np.empty((0, 3, 1, 1), np.float32)
 
 
@@ -64,6 +60,12 @@ class Opened:
         return self._pixels
 
 
+Picture = Path | str | bytes | Image.Image | NDArray[np.uint8] | Opened
+"""Whatever flowcut.preprocess.open_image takes, or what Reader.open returned."""
+Pictures = Picture | Sequence[Picture]
+"""Of one prompt."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt with its pictures, ready for the device."""
@@ -83,11 +85,13 @@ class Reader:
         self._pruning = pruning(manifest.geometry, manifest.budget, manifest.limits)
 
     def open(self, picture: Picture) -> Opened:
-        """One picture.
+        """One picture, which may then be sent again and again, whatever becomes of the file it was read from.
 
         Raises:
             InputError: one that cannot be used.
         """
+        if isinstance(picture, Opened):
+            return picture
         return Opened(open_image(picture), self._manifest.geometry, self.settings)
 
     def read(self, images: Pictures, prompt: str, sampling: Sampling, control: Control) -> Request:
@@ -164,7 +168,7 @@ def pruning(config: LlavaConfig, budget: Budget, limits: Limits) -> Pruning | No
 
 def _check_count(field: str, got: int, limit: int, option: str) -> None:
     if got > limit:
-        raise InputError(
+        raise TooLarge(
             f"{field} must be at most {limit} at once (the engine's max_{option}), got {got}. "
             f"Send fewer, or rebuild the engine with --max-{option} {got}."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,10 @@ from rich.text import Text
 
 from engines.ask import Answer, Question
 from engines.pipeline import Built
+from engines.profile_report import profiled, remembered
 from engines.prune_result import Outcome, Pruned
 from engines.runtime import LlavaEngine
+from engines.trust import Check
 from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
@@ -50,7 +52,7 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
     """The question, the answer, what was kept and how long each stage took."""
     manifest, plain = engine.manifest, console.options.ascii_only
     text = answer.generation.texts[0]
-    _field(console, "prompt", " ".join(question.prompt(manifest.geometry).split()))
+    _field(console, "prompt", " ".join(answer.prompt.split()))
     _field(console, "answer", ascii(text) if plain else repr(text))
     if not answer.generation.ended[0]:
         _field(console, "", f"cut after {len(answer.generation.token_ids[0])} tokens; --answer-tokens N asks for more")
@@ -69,7 +71,8 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
     length = f"{answer.prompt_tokens} prompt tokens"
     if manifest.llm_tokens is not None:
         length += f" ({answer.generation.pruned_prompt_tokens[0]} from the third layer on)"
-    _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {length}, batch 1")
+    slowed = ", slowed by --profile" * bool(answer.profile)
+    _heading(console, f"\nlatency on {LIBRARIES[engine.backend]}, {length}, batch 1{slowed}")
     table = _table(f"milliseconds over {runs} run{'s' * (runs > 1)}", "median", "p90")
     for stage, values in answer.latency_ms.items():
         table.add_row(STAGES[stage], _milliseconds(values["median"]), _milliseconds(values["p90"]))
@@ -80,6 +83,9 @@ def answered(console: Console, engine: LlavaEngine, question: Question, answer: 
             "graphs that were compiled. These are not GPU latencies."
         )
     _say_note(console, manifest)
+    profiled(console, answer.profile)
+    if answer.memory is not None:
+        remembered(console, answer.memory)
 
 
 def pruned(console: Console, outcome: Outcome) -> None:
@@ -156,6 +162,19 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
         table.add_row(name, value)
     for name, record in sorted(manifest.files.items()):
         table.add_row(name, _size(record.bytes))
+    console.print(table)
+    if manifest.command:
+        _field(console, "command", manifest.command)
+
+
+def checked(console: Console, checks: Sequence[Check]) -> None:
+    """What was asked before an engine is loaded; nothing where it was not."""
+    if not checks:
+        return
+    _heading(console, "\nchecks")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for each in checks:
+        table.add_row(each.name, each.verdict, each.detail)
     console.print(table)
 
 

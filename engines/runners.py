@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engines.backends import MODULES
-from engines.ort_session import EXACT
+from engines.ort_loading import EXACT
 from engines.profiles import check_tensors
 from engines.session import Array, results_of, state_pairs
 from engines.widen import widened

@@ -9,56 +9,30 @@ Needs numpy, pillow, tokenizers and one engine library; neither torch nor transf
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from engines.clock import Clock
 from engines.control import Control
-from engines.decoding import Answering, Chunk, Finish, Reply
-from engines.gate import Gate
+from engines.counters import Counters
+from engines.decoding import Answering, Chunk, Reply
+from engines.gate import Gate, OpenDoor, closed
+from engines.generation import Generation, forget_frames, generation
 from engines.loading import Parts, open_directory
+from engines.memory import MemoryReport, memory_report
 from engines.model import Model, Prefill
 from engines.options import Options
-from engines.pictures import Tokens
 from engines.reading import Pictures, Reader, Request
 from engines.sampling import Sampling
+from engines.scheduler import GREEDY, Batching, Work
 
 __all__ = ["Chunk", "Generation", "LlavaEngine", "Options", "Prefill", "Sampling", "load_engine"]
 
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Answers to B prompts.
-
-    Attributes:
-        texts: without special tokens.
-        token_ids: the same as numbers; the end token is not among them.
-        finish: why each answer is complete, see engines.decoding.Finish.
-        kept: see Prefill.
-        prompt_tokens: per prompt its length with its visual tokens.
-        pruned_prompt_tokens: the same behind the pruning inside the decoder.
-        latency_ms: as in Prefill, then "time_to_first_token" from the call on, "decode" for all further tokens,
-            "decode_per_token" for one step of the whole batch (absent where every answer ended at its first token, so
-            that no step was run), and "total".
-    """
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    finish: list[Finish]
-    kept: list[list[Tokens]]
-    prompt_tokens: list[int]
-    pruned_prompt_tokens: list[int]
-    latency_ms: Mapping[str, float]
-
-    @property
-    def ended(self) -> list[bool]:
-        """Whether each answer came to its end, rather than to max_new_tokens."""
-        return [finish != "length" for finish in self.finish]
+LOG = logging.getLogger("flowcut.engines.runtime")
 
 
 def load_engine(directory: Path | str, backend: str = "auto", **options: Any) -> LlavaEngine:
@@ -77,18 +51,53 @@ def load_engine(directory: Path | str, backend: str = "auto", **options: Any) ->
         FlowCutError: the backend's library is not installed.
     """
     chosen = Options.make(options)
-    return LlavaEngine(open_directory(Path(directory), backend, chosen), chosen)
+    engine = LlavaEngine(open_directory(Path(directory), backend, chosen), chosen)
+    LOG.info("loaded %s: backend %s, %s, %s", directory, engine.backend, engine.manifest.limits, chosen)
+    return engine
 
 
 class LlavaEngine:
     """A pruned LLaVA that answers. May be called from many threads: a request's state is its own, and those that find
-    no place wait in the order they came."""
+    no place wait in the order they came. In a `with` it is closed behind it."""
 
     def __init__(self, parts: Parts, options: Options) -> None:
         self.manifest, self.backend, self.options = parts.manifest, parts.backend, options
-        self.reader = Reader(parts.manifest, parts.tokenizer, parts.settings)
-        self.gate = Gate(options.concurrency, options.waiting)
-        self.model = Model(parts, self.reader, options.picture_cache_mb * 10**6)
+        self.reader, self.template = Reader(parts.manifest, parts.tokenizer, parts.settings), parts.template
+        self._counters = Counters()
+        self.gate = Gate(options.concurrency, options.waiting, self._counters)
+        self._model: Model | None = Model(parts, self.reader, options.picture_cache_mb * 10**6, self._counters)
+
+    @property
+    def model(self) -> Model:
+        """The graphs.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        if (model := self._model) is None:
+            raise closed()
+        return model
+
+    def counters(self) -> dict[str, Any]:
+        """What was done since the engine was loaded, see engines.counters.Counters.snapshot."""
+        return self._counters.snapshot()
+
+    def memory(self) -> MemoryReport:
+        """What the engine takes now, and what it may take."""
+        return memory_report(self.manifest, self.backend, self.options, self.model)
+
+    def close(self) -> None:
+        """Refuse requests from now on, those that wait among them, and give the memory back as soon as the last one at
+        work has ended, for which this does not wait."""
+        if (model := self._model) is not None:
+            self._model = None
+            self.gate.close(model.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def prefill(
         self,
@@ -110,14 +119,18 @@ class LlavaEngine:
             InputError: a picture or prompt that cannot be used, or more of them than the engine was built for.
             RequestTimeout, RequestCancelled: by the arguments of these names.
             QueueFull: more requests wait than may.
+            EngineError: the engine library failed, or the engine is closed.
         """
-        clock, control = Clock(), Control(timeout_s, cancel)
-        requests = self.reader.read_all(images, prompts, Sampling(1), control)
-        self.model.prepare(requests)
-        clock.stop("preprocess")
-        with self.gate.enter(control):
-            clock.stop("queue")
-            return self.model.prefill(requests, clock)
+        clock, replies = Clock(), list[Reply]()
+        with self._counted(clock, replies):
+            control = Control(timeout_s, cancel)
+            replies += self._replies(self.reader.read_all(images, prompts, Sampling(1), control))
+            requests, model = [reply.request for reply in replies], self.model
+            model.prepare(requests)
+            clock.stop("preprocess")
+            with self.gate.enter(control):
+                clock.stop("queue")
+                return model.prefill(requests, clock)
 
     def generate(
         self,
@@ -137,10 +150,9 @@ class LlavaEngine:
         Raises:
             InputError: also for more new tokens than the cache has room for.
         """
-        answering = self._answering(images, prompts, sampling, timeout_s, cancel)
-        for _ in answering:
-            pass
-        return generation(answering)
+        clock, replies = Clock(), list[Reply]()
+        with self._counted(clock, replies):
+            return _result_of(self._begin(images, prompts, sampling, Control(timeout_s, cancel), clock, replies))
 
     def stream(
         self,
@@ -150,50 +162,86 @@ class LlavaEngine:
         *,
         timeout_s: float | None = None,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Chunk]:
-        """Answer prompts piece by piece, as they come. Arguments and errors are those of `generate`, raised when the
-        first piece is asked for. Closing the iterator ends the request, which holds its place until then."""
-        answering = self._answering(images, prompts, sampling, timeout_s, cancel)
-        for chunks in answering:
-            yield from chunks
-        generation(answering)
+    ) -> Generator[Chunk, None, Generation]:
+        """Answer prompts piece by piece, as they come, and return what `generate` does (which `yield from` gives).
+        Arguments and errors are those of `generate`, raised when the first piece is asked for. Closing the iterator
+        ends the request, which holds its place until then: one thread that begins as many streams as there are places
+        (Options.concurrency) and asks for more waits for itself."""
+        clock, replies = Clock(), list[Reply]()
+        with self._counted(clock, replies):
+            control = Control(timeout_s, cancel)
+            return (yield from _chunks_of(self._begin(images, prompts, sampling, control, clock, replies)))
 
-    def answering(self, requests: Sequence[Request], control: Control, clock: Clock | None = None) -> Answering:
-        """Requests that `reader` has read, whoever they are from, as one batch: iterate over its steps."""
+    def batching(self, max_wait_ms: float = 5.0, waiting: int = 256) -> Batching:
+        """A queue whose requests, from whichever threads, are answered in batches of what the engine was built for:
+
+            with engine.batching() as queue:
+                tickets = [queue.submit(image, prompt) for image, prompt in questions]
+                answers = [ticket.result() for ticket in tickets]
+
+        The outputs are those of `generate`, but for rounding: sums in a batch may be taken in another order.
+
+        Args:
+            max_wait_ms: how long a request waits for others to join it, at most, before it asks for its place.
+            waiting: requests that may be in the queue, pictures and all; one more is refused with QueueFull.
+
+        Raises:
+            ConfigError: not such numbers.
+        """
+        work = Work(self._read_one, self._together, self.gate, self._counters, self.manifest.limits)
+        return Batching(work, max_wait_ms, waiting, self.options.concurrency)
+
+    def _read_one(self, images: Pictures, prompt: str, sampling: Sampling, control: Control) -> Request:
+        request = self.reader.read(images, prompt, sampling, control)
+        self.model.prepare([request])
+        return request
+
+    def _together(self, requests: Sequence[Request]) -> Answering:
+        return Answering(self.model, OpenDoor(), self._replies(requests), Control())
+
+    def _replies(self, requests: Sequence[Request]) -> list[Reply]:
         eos, tokenizer = self.manifest.geometry.eos_token_ids, self.reader.tokenizer
-        replies = [Reply(i, request, tokenizer, eos) for i, request in enumerate(requests)]
-        return Answering(self.model, self.gate, replies, control, clock)
+        return [Reply(i, request, tokenizer, eos) for i, request in enumerate(requests)]
 
-    def _answering(
+    def _begin(
         self,
         images: Pictures | Sequence[Pictures],
         prompts: str | Sequence[str],
         sampling: Sampling | Sequence[Sampling],
-        timeout_s: float | None,
-        cancel: threading.Event | None,
+        control: Control,
+        clock: Clock,
+        replies: list[Reply],
     ) -> Answering:
-        clock, control = Clock(), Control(timeout_s, cancel)
-        return self.answering(self.reader.read_all(images, prompts, sampling, control), control, clock)
+        """Read a call, which fills `replies`."""
+        replies += self._replies(self.reader.read_all(images, prompts, sampling, control))
+        return Answering(self.model, self.gate, replies, control, clock)
+
+    @contextmanager
+    def _counted(self, clock: Clock, replies: list[Reply]) -> Iterator[None]:
+        """One call, whatever comes of it. An error that somebody keeps does not keep the call's memory: its `replies`
+        and what has a name in functions called from here."""
+        try:
+            yield
+        except BaseException as error:
+            self._count(error, clock, replies)
+            forget_frames(error)
+            raise
+        self._count(None, clock, replies)
+
+    def _count(self, error: BaseException | None, clock: Clock, replies: list[Reply]) -> None:
+        tokens = sum(len(reply.token_ids) for reply in replies)
+        self._counters.ended(error, len(replies), tokens, clock.stages)
+        replies.clear()
 
 
-def generation(answering: Answering) -> Generation:
-    """The result of a batch that has come to its end.
+def _result_of(answering: Answering) -> Generation:
+    for _ in answering:
+        pass
+    return generation(answering)
 
-    Raises:
-        RequestTimeout, RequestCancelled: what ended the first request that has no answer.
-    """
-    replies, prefill = answering.replies, answering.prefill
-    for reply in replies:
-        if reply.error is not None:
-            raise reply.error
-    if prefill is None:
-        raise RuntimeError("the batch has not been run")
-    return Generation(
-        texts=[reply.text for reply in replies],
-        token_ids=[reply.token_ids for reply in replies],
-        finish=[reply.finish for reply in replies if reply.finish is not None],
-        kept=prefill.kept,
-        prompt_tokens=prefill.lengths.tolist(),
-        pruned_prompt_tokens=prefill.pruned_lengths.tolist(),
-        latency_ms=answering.latency_ms(),
-    )
+
+def _chunks_of(answering: Answering) -> Generator[Chunk, None, Generation]:
+    with closing(iter(answering)) as steps:
+        for chunks in steps:
+            yield from chunks
+    return generation(answering)

@@ -91,11 +91,19 @@ class Session(Protocol):
     def place(self, array: Array) -> DeviceTensor:
         """A copy on the device, for what is fed to many runs."""
 
+    def forget_times(self) -> None:
+        """Leave what ran so far, a warm-up, out of `layer_times`."""
+
     def layer_times(self) -> list[LayerTime]:
-        """Of all runs since the last call, the slowest first; empty unless loaded with Options.profile."""
+        """Of all runs since the last call of this or of `forget_times`, the slowest first; empty unless loaded with
+        Options.profile. ONNX Runtime tells once: it measures nothing from then on."""
 
     def memory_bytes(self) -> Mapping[str, int]:
         """What the session itself holds, by kind: "weights", "cache", "buffers", .. as far as it knows."""
+
+    def close(self) -> None:
+        """Give back at once what would else be freed some day, and keep what is to last. Nothing may run afterwards;
+        states and tensors of the session are dead."""
 
     def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
         """Run once; everything is finished on return.

@@ -42,6 +42,11 @@ class Chain:
         """See Session."""
         return self.stages[0].place(array)
 
+    def forget_times(self) -> None:
+        """See Session."""
+        for stage in self.stages:
+            stage.forget_times()
+
     def layer_times(self) -> list[LayerTime]:
         """See Session."""
         times = [time for stage in self.stages for time in stage.layer_times()]
@@ -50,6 +55,11 @@ class Chain:
     def memory_bytes(self) -> Mapping[str, int]:
         """See Session."""
         return sum((Counter(stage.memory_bytes()) for stage in self.stages), Counter())
+
+    def close(self) -> None:
+        """See Session."""
+        for stage in self.stages:
+            stage.close()
 
     def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
         """See Session. device_ms is the sum over stages, without what passes between them."""

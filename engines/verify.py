@@ -108,6 +108,7 @@ class _Verification:
     why_not: str
     rows: list[Row] = field(default_factory=list)
     inputs: str = ""
+    changed: bool = False
 
     def run(self, seed: int, samples: int) -> None:
         manifest, limits = self.manifest, self.manifest.limits
@@ -131,6 +132,7 @@ class _Verification:
 
     def _check_files(self) -> None:
         problems = check_files(self.directory, self.manifest)
+        self.changed = bool(problems)
         verdict, detail = (FAILED, "; ".join(problems)) if problems else (OK, f"{len(self.manifest.files)} files")
         self.rows.append(Row("directory", "manifest", "files", "size, sha256", verdict, detail=detail))
 
@@ -242,6 +244,8 @@ class _Verification:
         if backend == "ort":
             return makers
         why_not = "no CUDA GPU" if not gpu_present() else ""
+        if self.changed:
+            why_not = why_not or "the directory was changed, and an engine is executable code"
         if bf16 and graph != "vision":
             why_not = why_not or "its cache is bf16, which numpy has not"
         if why_not:

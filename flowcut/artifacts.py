@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
@@ -22,27 +22,19 @@ from flowcut.budget import Budget, check_budget
 from flowcut.config import LlavaConfig, Precision
 from flowcut.contract import Limits, stage_names
 from flowcut.errors import ConfigError, EngineError
+from flowcut.integrity import MANIFEST as MANIFEST
+from flowcut.integrity import FileRecord as FileRecord
+from flowcut.integrity import NotPlain, check_name, differences, files_in, open_plain, record_files
 
-SCHEMA = 3
-MANIFEST = "manifest.json"
+SCHEMA = 4
+MOST_BYTES = 1 << 20
+"""Of a manifest, which has a few thousand."""
+MOST_NAMED = 5
+"""Differences in one message."""
 _DISTRIBUTIONS = (
     *("numpy", "tokenizers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt-rtx-cu13", "tensorrt-cu13", "torch"),
 )
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of an engine directory."""
-
-    sha256: str
-    bytes: int
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ConfigError(f"sha256 must be 64 lower-case hex digits, got {self.sha256!r}.")
-        if self.bytes < 0:
-            raise ConfigError(f"bytes must be 0 or more, got {self.bytes}.")
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,8 @@ class Manifest:
     given (its copy is in the directory) and is empty where none was used.
     source_sha256 identifies the weights, seed is that of random ones; note is for people; schedule is the pruning
     schedule as data; compute_capabilities are what the engines were compiled for ("sm86"), none for `ort`; created is
-    UTC in ISO 8601; files maps a path relative to the directory, with `/`, to its record.
+    UTC in ISO 8601; command is what to type to build the directory again, empty where nobody knows; files maps a path
+    relative to the directory, with `/`, to its record; sha256 is `digest`, empty until `write_manifest` fills it in.
     """
 
     model: str
@@ -79,7 +72,9 @@ class Manifest:
     created: str
     build_seconds: Mapping[str, float]
     seed: int = 0
+    command: str = ""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    sha256: str = ""
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
@@ -92,8 +87,11 @@ class Manifest:
         check_budget(self.geometry, self.budget)
         if not 1 <= self.stages <= self.geometry.text.num_hidden_layers:
             raise ConfigError(f"stages must be in 1..{self.geometry.text.num_hidden_layers}, got {self.stages}.")
-        if self.backend == "ort" and self.compute_capabilities:
-            raise ConfigError(f"compute_capabilities must be empty for ort, got {list(self.compute_capabilities)}.")
+        if (self.backend == "ort") == bool(self.compute_capabilities):
+            rule = "empty for ort" if self.backend == "ort" else f"what the engines were compiled for ({self.backend})"
+            raise ConfigError(f"compute_capabilities must be {rule}, got {list(self.compute_capabilities)}.")
+        for name in self.files:
+            check_name(name)
 
     @property
     def budget(self) -> Budget:
@@ -105,9 +103,24 @@ class Manifest:
         """Names of the graphs, which are those of their files, in the order they run."""
         return ("vision", *stage_names(self.stages))
 
+    @property
+    def remedy(self) -> str:
+        """What to do with a directory that cannot be used, for the end of a message."""
+        if not self.command:
+            return "Build it again."
+        return f"Build it again: {self.command if self.command.isprintable() else f'{MANIFEST} has the command'}"
+
     def to_json(self) -> str:
-        """The one canonical text of this manifest: keys sorted, two spaces, newline at the end."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        """The one canonical text of this manifest: ASCII, keys sorted, two spaces, newline at the end."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical text with an empty `sha256`, in hex: it covers the hashes of all files."""
+        return hashlib.sha256(replace(self, sha256="").to_json().encode("ascii")).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """With its own hash."""
+        return replace(self, sha256=self.digest())
 
     @staticmethod
     def from_json(text: str) -> Manifest:
@@ -153,37 +166,41 @@ def read_manifest(directory: Path) -> Manifest:
         raise EngineError(f"{directory} must be an engine directory, got none. `flowcut engine MODEL` builds one.")
     path = directory / MANIFEST
     try:
-        return Manifest.from_json(path.read_text(encoding="utf-8"))
+        content = _content(path)
+        manifest = Manifest.from_json(content.decode("utf-8"))
+        _check_seal(manifest, content)
     except FileNotFoundError:
         raise EngineError(
             f"{directory} must be an engine directory, got one without {MANIFEST}. `flowcut engine MODEL` builds one."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise EngineError(f"{path} must be readable UTF-8 text, got: {error}. Build it again.") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EngineError(f"{path} must be readable UTF-8 text, got: {reason}. Build it again.") from None
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from None
+    return manifest
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Manifest:
-    """Write `manifest` with a record of every file now in `directory`, and return it."""
-    records = {name: _record(directory / name) for name in _names(directory)}
-    complete = replace(manifest, files=records)
-    (directory / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
-    return complete
+    """Write `manifest` with a record of every file now in `directory` and its own hash, and return it."""
+    sealed = replace(manifest, files=record_files(directory)).sealed()
+    (directory / MANIFEST).write_bytes(sealed.to_json().encode("ascii"))
+    return sealed
 
 
-def check_files(directory: Path, manifest: Manifest) -> list[str]:
-    """How the files of `directory` differ from `manifest`, one line each; empty where all is well."""
-    present, listed = set(_names(directory)), set(manifest.files)
-    lines = [f"{name}: missing" for name in listed - present]
-    lines += [f"{name}: not in the manifest" for name in present - listed]
-    for name in present & listed:
-        expected, path = manifest.files[name], directory / name
-        if (size := path.stat().st_size) != expected.bytes:
-            lines.append(f"{name}: expected {expected.bytes} bytes, got {size}")
-        elif (got := _record(path).sha256) != expected.sha256:
-            lines.append(f"{name}: expected sha256 {expected.sha256}, got {got}")
-    return sorted(lines)
+def check_files(directory: Path, manifest: Manifest, hashes: bool = True) -> list[str]:
+    """How the files of `directory` differ from `manifest`, one line each; empty where all is well.
+
+    hashes: false compares names, kinds and sizes only, which takes no time.
+    """
+    return differences(directory, manifest.files, hashes)
+
+
+def what_differs(directory: Path, manifest: Manifest, lines: Sequence[str]) -> str:
+    """Differences as one message, which names no more of them than can be read."""
+    named, rest = lines[:MOST_NAMED], len(lines) - MOST_NAMED
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"{directory} must hold what was built there, got {'; '.join(named)}{more}. {manifest.remedy}"
 
 
 def publish(target: Path) -> AbstractContextManager[Path]:
@@ -203,35 +220,47 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise EngineError(f"{target} must be a directory, got a file. {remedy}")
     try:
-        data = _load((target / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, UnicodeDecodeError, EngineError):
+        data = _load(_content(target / MANIFEST).decode("utf-8"))
+    except (FileNotFoundError, NotPlain, UnicodeDecodeError, EngineError):
         data = {}
     if not {"schema", "files"} <= data.keys() or not isinstance(data["files"], dict):
         raise EngineError(f"{target} must be empty or an engine directory, got neither. {remedy}")
-    if foreign := sorted(set(_names(target)) - data["files"].keys()):
+    if foreign := sorted(files_in(target).keys() - data["files"].keys()):
         raise EngineError(f"{target} must hold only what a build wrote, got also {', '.join(foreign)}. {remedy}")
 
 
-def _names(directory: Path) -> list[str]:
-    """Everything in `directory` that is not a folder, except the manifest, as relative paths with `/`."""
-    paths = (p for p in directory.rglob("*") if p.is_symlink() or not p.is_dir())
-    return sorted(name for p in paths if (name := p.relative_to(directory).as_posix()) != MANIFEST)
+def _content(path: Path) -> bytes:
+    """What a manifest holds, without reading gigabytes that somebody gave its name."""
+    with open_plain(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+            raise EngineError(f"content must be at most {MOST_BYTES} bytes, got {size}. Build it again.")
+        return file.read()
 
 
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileRecord(digest.hexdigest(), file.tell())
+def _check_seal(manifest: Manifest, content: bytes) -> None:
+    """Raise EngineError unless `content` is the canonical text of `manifest`, whose hash is the one it names."""
+    try:
+        canonical, digest = manifest.to_json().encode("ascii"), manifest.digest()
+    except ValueError:  # infinity
+        canonical, digest = b"", ""
+    if content != canonical:
+        raise EngineError("content must be as it was written, byte for byte, got other text. Build it again.")
+    if manifest.sha256 != digest:
+        raise EngineError(f"sha256 must be {digest}, its own, got {manifest.sha256!r}: it was changed. Build it again.")
 
 
 def _load(text: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise EngineError(f"content must be JSON, got: {error}. Build it again.") from None
     if not isinstance(data, dict):
         raise EngineError(f"content must be a JSON object, got {type(data).__name__}. Build it again.")
     return data
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant}, which JSON has not")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -1,7 +1,12 @@
-"""Replacing a directory whole or not at all.
+"""Replacing a directory, or a file, whole or not at all.
 
-The new content grows in a hidden directory beside the target and is swapped in when it is complete, so that at any
-moment, a kill included, the target is the old directory, the new one, or absent as it was before.
+The new content grows under a hidden name beside the target and is swapped in when it is complete and on the disk, so
+that at any moment, a kill included, the target is the old one, the new one, or absent as it was before. A file system
+that cannot exchange two directories (renameat2) has none of the two for the moment between two renames; what was moved
+aside comes back at the next build.
+
+Hidden names are locked by the process that fills them. What carries one and is not locked was left by a killed process,
+and whoever writes beside it next removes it.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -19,7 +25,9 @@ from pathlib import Path
 
 from flowcut.errors import EngineError
 
+LOG = logging.getLogger("flowcut.disk")
 _NOTHING = 1 << 22  # bytes; a disk with less counts as full
+_LEFTOVER = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.(partial|old)")  # as _sibling makes them
 _NO_FOLDER = "A part of that path is a file or a link to itself: move it away, or build elsewhere."
 _REMEDIES = {
     errno.ENOSPC: "Free some space there, or build into a directory on another disk.",
@@ -33,6 +41,7 @@ _REMEDIES = {
     errno.ELOOP: _NO_FOLDER,
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.EXDEV: "This file system cannot replace the old directory: remove it, then build again.",
+    errno.EBUSY: "A disk is mounted there: build into a folder on it.",
     errno.EIO: "The disk reports a fault: build into a directory on another one.",
 }
 
@@ -44,6 +53,16 @@ def check_space(path: Path, needed_bytes: int) -> None:
             f"free space for {path} must be at least {_megabytes(needed_bytes)}, got {_megabytes(free)}. "
             + _REMEDIES[errno.ENOSPC]
         )
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed builds left in the folder of `target`; bring back what they had moved aside.
+
+    `replacing` and `write_file` do so themselves. Before a check of the free space, as leftovers may be what fills it.
+    """
+    folder = Path(os.path.realpath(target)).parent
+    with suppress(OSError), _locked(folder):
+        _clean(folder)
 
 
 @contextmanager
@@ -58,25 +77,13 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     with _write_errors(target):
         check(target)
-        new_parent = not target.parent.exists()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent):
-            _clean(target)
-            partial = _sibling(target, "partial")
-            partial.mkdir()
-            lock = _lock(partial)
-        try:
+        _check_movable(target)
+        with _folders(target.parent), _hidden(target, Path.mkdir) as partial:
             yield partial
             _sync(partial)
             with _locked(target.parent):
                 check(target)
                 _swap(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # after a swap this is the old directory
-            os.close(lock)
-            if new_parent:
-                with suppress(OSError):  # not empty: the target is in it
-                    target.parent.rmdir()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -88,18 +95,58 @@ def write_file(path: Path, content: bytes) -> None:
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise EngineError(f"{path.parent} must be a directory to write {path.name} into, got none. Create it first.")
-    if path.is_dir():
-        raise EngineError(f"{path} must be a file to write, got a directory. Choose another name.")
-    partial = _sibling(path, "partial")
+    if path.exists() and not path.is_file():  # root could even replace /dev/null
+        found = "a directory" if path.is_dir() else "a device or pipe"
+        raise EngineError(f"{path} must be a file to write, got {found}. Choose another name.")
     with _write_errors(path):
         try:
-            partial.write_bytes(content)
-            partial.replace(path)
+            with _hidden(path, Path.touch) as partial:
+                partial.write_bytes(content)
+                _sync_file(partial)
+                partial.replace(path)
+                _sync_folder(path.parent)
         except OSError as error:
             error.filename = str(path)  # the name that the user gave
             raise
-        finally:
-            partial.unlink(missing_ok=True)
+
+
+def _check_movable(target: Path) -> None:
+    """What the last step would refuse, before hours of work. A parent's permission alone would do to rename."""
+    if target.is_mount():
+        raise OSError(errno.EBUSY, "", str(target))
+    if target.exists() and not os.access(target, os.W_OK):
+        raise OSError(errno.EACCES, "", str(target))
+
+
+@contextmanager
+def _folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; those that nothing is in at the end go again."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]  # deepest first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            _sync_folder(made.parent)
+        yield
+    finally:
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
+
+
+@contextmanager
+def _hidden(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What `make` makes under a name beside `target`, which is gone at the end, whatever is there by then."""
+    partial, lock = _sibling(target), -1
+    try:
+        with _locked(target.parent):  # else another's cleaning could come before the lock
+            _clean(target.parent)
+            make(partial)
+            lock = _lock(partial)
+        yield partial
+    finally:
+        _remove(partial)  # after a swap this is the old directory
+        if lock >= 0:
+            os.close(lock)
 
 
 def _swap(new: Path, target: Path) -> None:
@@ -107,16 +154,21 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
     elif not _exchange(new, target):
-        old = _sibling(target, "old")
+        _rename_twice(new, target)
+    _sync_folder(target.parent)
+
+
+def _rename_twice(new: Path, target: Path) -> None:
+    """As _exchange, for file systems that cannot. A kill between the renames leaves the old directory to `_clean`."""
+    old = new.with_suffix(".old")
+    try:
         target.rename(old)
-        try:
-            new.rename(target)
-        except BaseException:
+        new.rename(target)
+    finally:
+        if not target.exists():  # refused or interrupted on the way
             old.rename(target)
-            raise
-        old.rename(new)
-    with _opened(target.parent) as directory:
-        os.fsync(directory)
+        elif old.exists():
+            old.rename(new)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -133,37 +185,60 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _clean(target: Path) -> None:
-    """Remove what killed builds of `target` left; bring back an old directory they had moved aside.
+def _clean(folder: Path) -> None:
+    """Remove what killed processes left in `folder`; bring back an old directory they had moved aside.
 
-    A living build holds a lock on its directory. Process ids prove nothing: containers share disks, not ids.
+    A living process holds a lock. Its id would prove nothing: containers share disks, not ids.
     """
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]+\.(partial|old)")
-    for path in sorted(p for p in target.parent.iterdir() if pattern.fullmatch(p.name)):
-        if path.suffix == ".old" and not target.exists():
-            path.rename(target)
-            continue
-        with suppress(OSError), _opened(path) as directory:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208 - once for each file written, and folders may be full
+        if match := _LEFTOVER.fullmatch(name):
+            with suppress(OSError):  # somebody else's, or just gone
+                _clean_one(folder / name, folder / match[1])
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+def _clean_one(path: Path, target: Path) -> None:
+    if path.suffix == ".old" and not os.path.lexists(target):
+        path.rename(target)
+        return
+    with _opened(path) as leftover:
+        try:
+            fcntl.flock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError as error:  # a file system without locks
+            LOG.warning("%s: left by a killed build, or a living one's (%s). Remove it if none is.", path, error)
+            return
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a directory with all in it; Ctrl-C waits for it."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
 
 
 @contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # of a link or pipe nothing is wanted
     try:
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def _lock(directory: Path) -> int:
-    """A descriptor that holds the lock of `directory` until it is closed or the process dies."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of `path` until it is closed or the process dies."""
+    descriptor = os.open(path, os.O_RDONLY)
     with suppress(OSError):  # a file system without locks: builds there must not run at the same time
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
@@ -202,12 +277,25 @@ def _free(path: Path) -> int:
 
 
 def _sync(directory: Path) -> None:
+    """What is in files before their names: a power cut keeps what was on the disk, in no other order."""
     for folder, _, names in os.walk(directory):
         for name in names:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file)
-        with _opened(Path(folder)) as descriptor:
+            _sync_file(Path(folder) / name)
+        _sync_folder(Path(folder))
+
+
+def _sync_file(path: Path) -> None:
+    with _opened(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    with _opened(path) as descriptor:
+        try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shared disks cannot, for folders
+                raise
 
 
 def _megabytes(count: int) -> str:

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engines.ask import Question
+    from engines.pipeline import BuildSettings
 
 SCENE = Path(__file__).parent / "assets" / "example" / "scene.png"
 
@@ -62,7 +64,7 @@ def _prepare_process(verbosity: int) -> None:
         format="%(name)s: %(message)s",
         stream=sys.stderr,
     )
-    warnings.filterwarnings("ignore", message="Image size")  # Pillow's, before the error that says the same
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd pictures: those that cannot be used are an error
     if sys.stdout is None:  # closed by who started us
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -88,10 +90,35 @@ def _complain(message: str) -> None:
 
 def _engine(arguments: argparse.Namespace) -> Result:
     from engines import report
-    from engines.pipeline import BuildSettings, build_directory
+    from engines.pipeline import build_directory
     from engines.progress import terminal_progress
 
-    settings = BuildSettings(
+    settings = build_settings(arguments)
+    asks = arguments.ask or arguments.image or arguments.question is not None or arguments.prompt is not None
+    question = _question(arguments) if asks else None
+    with terminal_progress() as progress:
+        result = build_directory(settings, progress, question.check_fits if question else None)
+    console = _console()
+    report.built(console, result)
+    files = result.manifest.files
+    summary = {
+        "directory": str(result.directory),
+        "note": result.manifest.note,
+        "build_seconds": dict(result.manifest.build_seconds),
+        "weight_bytes": {name: files[f"{name}.onnx.data"].bytes for name in result.manifest.graphs},
+        "engine_bytes": {name: r.engine_bytes for name, r in result.reports.items()},
+    }
+    if question is None:
+        return summary
+    console.print()
+    return {**summary, **_ask(console, result.directory, "auto", arguments.threads, question)}
+
+
+def build_settings(arguments: argparse.Namespace) -> BuildSettings:
+    """What `flowcut engine` and `flowcut export` were told to build."""
+    from engines.pipeline import BuildSettings
+
+    return BuildSettings(
         model=arguments.model,
         random=arguments.weights == "random",
         seed=arguments.seed,
@@ -113,29 +140,15 @@ def _engine(arguments: argparse.Namespace) -> Result:
         out=arguments.out,
         out_root=arguments.out_root,
     )
-    asks = arguments.ask or arguments.image or arguments.question is not None or arguments.prompt is not None
-    question = _question(arguments) if asks else None
-    with terminal_progress() as progress:
-        result = build_directory(settings, progress, question.check_fits if question else None)
-    console = _console()
-    report.built(console, result)
-    files = result.manifest.files
-    summary = {
-        "directory": str(result.directory),
-        "note": result.manifest.note,
-        "build_seconds": dict(result.manifest.build_seconds),
-        "weight_bytes": {name: files[f"{name}.onnx.data"].bytes for name in result.manifest.graphs},
-        "engine_bytes": {name: r.engine_bytes for name, r in result.reports.items()},
-    }
-    if question is None:
-        return summary
-    console.print()
-    return {**summary, **_ask(console, result.directory, "auto", arguments.threads, question)}
 
 
 def _run(arguments: argparse.Namespace) -> Result:
-    question = _question(arguments)
-    return _ask(_console(), arguments.directory, arguments.backend, arguments.threads, question)
+    from engines.sampling import Sampling
+
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+    sampling = Sampling(**{name: getattr(arguments, name) for name in names})
+    question, where = replace(_question(arguments), sampling=sampling), (arguments.directory, arguments.backend)
+    return _ask(_console(), *where, arguments.threads, question, profile=arguments.profile, stream=arguments.stream)
 
 
 def _question(arguments: argparse.Namespace) -> Question:
@@ -144,21 +157,42 @@ def _question(arguments: argparse.Namespace) -> Question:
 
     images, template = tuple(arguments.image or [SCENE]), arguments.prompt is None
     asked = QUESTION if arguments.question is None else arguments.question
-    text = asked if template else arguments.prompt
-    question = Question(images, text, arguments.answer_tokens, arguments.repeats, template)
+    *earlier, last = [asked] if isinstance(asked, str) else asked
+    text = last if template else arguments.prompt
+    question = Question(images, text, arguments.answer_tokens, arguments.repeats, template, tuple(earlier))
     question.check()
     return question
 
 
-def _ask(console: Console, directory: Path, backend: str, threads: int | None, question: Question) -> Result:
+def _ask(
+    console: Console,
+    directory: Path,
+    backend: str,
+    threads: int | None,
+    question: Question,
+    profile: bool = False,
+    stream: bool = False,
+) -> Result:
     from engines import report
     from engines.ask import ask
     from engines.runtime import load_engine
 
-    engine = load_engine(directory, backend, threads=threads, picture_cache_mb=0)  # each repeat is to see the picture
-    answer = ask(engine, question)
+    # Without a cache of pictures, each repeat is to see the picture.
+    engine = load_engine(directory, backend, threads=threads, picture_cache_mb=0, profile=profile)
+    answer = ask(engine, question, _show if stream else None)
+    if stream:
+        print("\n")
     report.answered(console, engine, question, answer)
     return answer.to_dict(engine, question)
+
+
+def _show(text: str) -> None:
+    """A piece of an answer, without what would move the terminal's cursor."""
+    print(
+        "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text),
+        end="",
+        flush=True,
+    )
 
 
 def _prune(arguments: argparse.Namespace) -> Result:
@@ -275,17 +309,14 @@ def _verify(arguments: argparse.Namespace) -> Result:
 
 def _inspect(arguments: argparse.Namespace) -> Result:
     from engines import report
-    from flowcut.artifacts import check_files, read_manifest
+    from engines.inspection import inspect_directory
 
-    manifest = read_manifest(arguments.directory)
-    report.inspected(_console(), arguments.directory, manifest)
-    differences = check_files(arguments.directory, manifest)
-    result = {"manifest": json.loads(manifest.to_json()), "differences": differences, "ok": not differences}
-    if differences:
-        _complain(
-            f"{arguments.directory} must hold what was built there, got {'; '.join(differences)}. Build it again."
-        )
-    return result
+    found = inspect_directory(arguments.directory, arguments.check)
+    report.inspected(_console(), arguments.directory, found.manifest)
+    report.checked(_console(), found.checks)
+    if not found.ok:
+        _complain(found.complaint)
+    return found.to_dict()
 
 
 def _plugin(arguments: argparse.Namespace) -> Result:

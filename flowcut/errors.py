@@ -19,6 +19,10 @@ class InputError(FlowCutError):
     """A picture or a prompt that cannot be used."""
 
 
+class TooLarge(InputError):
+    """More tokens or pictures than the engine was built for."""
+
+
 class EngineError(FlowCutError):
     """An engine or engine directory that cannot be built, loaded or run."""
 

@@ -7,6 +7,7 @@ operation, so that the results are equal to the last bit. LLaVA-NeXT's tiles: fl
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,16 @@ from PIL import Image, ImageOps
 from flowcut.errors import InputError
 from flowcut.image_settings import ImageSettings
 
-__all__ = ["MAX_RESIZED_PIXELS", "ImageSettings", "normalised", "open_image", "pixel_values", "resize", "rgb", "undo"]
+__all__ = ["FORMATS", "MAX_BYTES", "MAX_PIXELS", "MAX_RESIZED_PIXELS", "ImageSettings", "normalised", "open_image"]
+__all__ += ["pixel_values", "resize", "rgb", "undo"]
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF")
+"""Of files, by Pillow's names; JPEG includes MPO, as cameras write it. Pillow knows more: one of them starts a program
+(EPS), and many are hardly ever read, hence hardly ever tested. AVIF is last, as an old Pillow does not know it."""
+MAX_PIXELS = 89_478_485
+"""Most pixels of a picture: Pillow's own default. Pillow's MAX_IMAGE_PIXELS counts too where it is lower."""
+MAX_BYTES = 1 << 29
+"""Of a picture's file: more than MAX_PIXELS take as they are, in four bytes each."""
 MAX_RESIZED_PIXELS = 1 << 26
 """Most pixels of an intermediate picture: 4 bytes each in Pillow, so 256 MiB."""
 
@@ -31,16 +40,18 @@ def open_image(source: Path | str | bytes | Image.Image | NDArray[np.uint8]) -> 
     first frame is taken.
 
     Raises:
-        InputError: missing, empty, damaged, not a picture, or larger than Pillow's `MAX_IMAGE_PIXELS`.
+        InputError: missing, empty, damaged, not a picture in one of FORMATS, of more than MAX_PIXELS or MAX_BYTES; all
+            but damage is found before anything is decoded.
     """
     if isinstance(source, Image.Image):
+        _check_size(source.size, "image", MAX_PIXELS)
         return _not_empty(_guarded(source, "image"), "image")
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, bytes):
         return _decode(source, "image")
     if isinstance(source, (str, Path)):
-        return _decode(_read_bytes(Path(source)), str(source))
+        return _decode(_read_bytes(Path(source)), _shown(source))
     raise InputError(f"image must be a file, bytes, a Pillow image or an array, got {type(source).__name__}.")
 
 
@@ -134,44 +145,77 @@ def _normalise(image: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.
 
 
 def _read_bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise InputError(f"image must be an existing file, got {str(path)!r}.")
+    """Of a regular file: pipes and devices may have no end. os.path, as Path.is_file raises for some bad names."""
+    name = _shown(path)
+    if not os.path.isfile(path):  # noqa: PTH113
+        raise InputError(f"image must be an existing file, got {name!r}.")
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            _check_bytes(os.fstat(file.fileno()).st_size, name)
+            return file.read(MAX_BYTES + 1)  # it may have grown
     except OSError as error:
-        raise InputError(f"image must be a readable file, got {str(path)!r}: {error.strerror}.") from None
+        raise InputError(f"image must be a readable file, got {name!r}: {error.strerror}.") from None
 
 
 def _decode(content: bytes, name: str) -> Image.Image:
     if not content:
         raise InputError(f"image must not be empty, got {name!r} of 0 bytes.")
-    limit = Image.MAX_IMAGE_PIXELS
-    too_large = InputError(f"image must have at most {limit} pixels, got {name!r}. Scale it down first.")
+    _check_bytes(len(content), name)
+    own = Image.MAX_IMAGE_PIXELS
+    limit = MAX_PIXELS if own is None else min(own, MAX_PIXELS)
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise too_large from None
+        raise InputError(f"image must have at most {limit} pixels, got {name!r}. Scale it down first.") from None
     except Exception as error:  # Image.open also lets parsers' own errors through
-        raise InputError(f"image must be a picture that Pillow reads, got {name!r}.") from error
+        raise InputError(
+            f"image must be a picture that Pillow reads, got {name!r}. Save it as one of {', '.join(FORMATS)}."
+        ) from error
     # Pillow itself only warns up to twice the limit. Filters of warnings are the process's: not ours to change.
-    if limit is not None and image.width * image.height > limit:
-        raise too_large
+    _check_size(image.size, name, limit)
     return _not_empty(_guarded(image, name, upright=True), name)
+
+
+def _check_bytes(count: int, name: str) -> None:
+    if count > MAX_BYTES:
+        raise InputError(f"image must have at most {MAX_BYTES} bytes, got {name!r} of {count}. Save it smaller first.")
+
+
+def _check_size(size: tuple[int, int], name: str, limit: int) -> None:
+    if size[0] * size[1] > limit:
+        raise InputError(
+            f"image must have at most {limit} pixels, got {name!r} of {size[0]} x {size[1]}. Scale it down first."
+        )
 
 
 def _guarded(image: Image.Image, name: str, upright: bool = False) -> Image.Image:
     """Load the pixels. Damaged bytes make Pillow's decoders raise errors of many kinds, OSError the most usual."""
+    size = f"{image.width} x {image.height}"
     try:
-        return rgb(ImageOps.exif_transpose(image) if upright else image)
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return rgb(image)
+    except MemoryError:
+        raise InputError(f"image must fit into memory, got {name!r} of {size}. Scale it down first.") from None
     except Exception as error:
-        raise InputError(f"image must be whole, got {name!r}, which is damaged or truncated ({error}).") from error
+        why = _shown(" ".join(str(error).split()))
+        raise InputError(f"image must be whole, got {name!r}, which is damaged or truncated ({why}).") from error
+
+
+def _shown(text: object, most: int = 200) -> str:
+    """For one line of a message."""
+    whole = str(text)
+    return whole if len(whole) <= most else whole[:most] + ".."
 
 
 def rgb(image: Image.Image) -> Image.Image:
     """In RGB, as `open_image` says."""
-    if image.mode.startswith("I;16"):  # convert() would cut at 255 and leave most pictures white
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        # 16 bits: convert() would cut them at 255 and leave most pictures white
         deep = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # Pillow has no other way from there
+        image = image.convert("LA")
     transparent = "A" in image.getbands() or image.info.get("transparency") is not None
     if transparent:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -188,4 +232,5 @@ def _not_empty(image: Image.Image, name: str) -> Image.Image:
 def _from_array(array: NDArray[np.uint8]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(f"image must be [height, width, 3] of uint8, got {list(array.shape)} of {array.dtype}.")
+    _check_size((array.shape[1], array.shape[0]), "image", MAX_PIXELS)
     return Image.fromarray(array)

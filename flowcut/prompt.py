@@ -13,16 +13,13 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from flowcut.errors import CheckpointError, InputError
+from flowcut.errors import CheckpointError, InputError, TooLarge
 
 IMAGE = "<image>"
 PLACES = f"Put {IMAGE} where each picture belongs, and nowhere else."
 """The remedy for a prompt with more or fewer places than pictures, whatever the model's template."""
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
-)
-"""What LLaVA-NeXT's conversations begin with. LLaVA-1.5's on the Hub leave it out."""
+MAX_CHARACTERS = 1 << 18
+"""Of a prompt: more than any model's context holds, and a second's work for the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,9 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._image_id = tokenizer.token_to_id(IMAGE)
         self.image_token_id = image_token_id
+        self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self.byte_fallback = b"ByteFallback" in (tokenizer.decoder.__getstate__() if tokenizer.decoder else b"")
+        """Whether tokens like <0xE6> are bytes of characters that have no token of their own."""
         self._check_ids(vocab_size)
 
     @staticmethod
@@ -97,12 +97,15 @@ class Tokenizer:
     def encode(self, prompt: str, rows: Sequence[int], slots: int) -> Encoded:
         """Token ids of a prompt, each `<image>` widened to the visual tokens of its picture.
 
+        Special tokens that are written out in it, as `</s>`, are these tokens, as they are for transformers.
+
         Args:
             rows: visual tokens of each picture.
             slots: rows of a picture in image_embeds, of which the first `rows` are used.
 
         Raises:
-            InputError: not text, empty, or with more or fewer `<image>` places than pictures.
+            InputError: not text, empty, of more than MAX_CHARACTERS, or with more or fewer `<image>` places than
+                pictures.
         """
         ids = np.array(self._tokenizer.encode(_text(prompt)).ids, dtype=np.int64)
         is_image = ids == self._image_id
@@ -122,9 +125,24 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; ids that the tokenizer does not have are left out."""
-        known = [int(i) for i in ids if 0 <= i < 2**32 and i != self.image_token_id]
-        known = [i for i in known if self._tokenizer.id_to_token(i) is not None]
+        known = [int(i) for i in ids if self.spelling(i) is not None]
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
+
+    @property
+    def begin(self) -> str:
+        """The token that `encode` puts before every prompt; empty for none."""
+        return next(iter(self._tokenizer.encode("").tokens), "")
+
+    def spelled(self, token_id: int) -> str:
+        """A token as prompts would have it, special ones too; empty where there is none of that number."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def spelling(self, token_id: int) -> str | None:
+        """A token as tokenizer.json has it; None for what `decode` leaves out."""
+        if not 0 <= token_id < 2**32 or token_id == self.image_token_id:
+            return None
+        token: str | None = self._tokenizer.id_to_token(int(token_id))
+        return None if token in self._special else token
 
     def _check_ids(self, vocab_size: int) -> None:
         largest, token = max(
@@ -179,7 +197,7 @@ def _longest_pruned(encoded: Sequence[Encoded], limit: int, pruning: Pruning | N
         dropped = np.maximum(prompt.spans[:, 1] - pruning.llm_tokens, 0).sum()
         lengths.append(len(prompt.input_ids) - int(dropped))
         if lengths[-1] > pruning.limit:
-            raise InputError(
+            raise TooLarge(
                 f"prompt {index} must have at most {pruning.limit} tokens once each picture in it is cut to "
                 f"{pruning.llm_tokens} inside the language model, got {lengths[-1]}. Shorten its text, or rebuild the "
                 f"engine with --max-prompt {limit + lengths[-1] - pruning.limit}."
@@ -194,7 +212,9 @@ def _positions(batch: int, length: int) -> NDArray[np.int64]:
 
 def question_prompt(question: str, images: int = 1, anyres: bool = False) -> str:
     """A question in the conversation template of LLaVA-1.5, or of LLaVA-NeXT on Vicuna, the images before it."""
-    return (SYSTEM if anyres else "") + "USER: " + f"{IMAGE}\n" * images + f"{question} ASSISTANT:"
+    from flowcut.chat import default_template, user
+
+    return default_template(anyres).render([user(question, images)])
 
 
 def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
@@ -207,19 +227,23 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
 def _text(prompt: object) -> str:
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be text, got {type(prompt).__name__}.")
+    if len(prompt) > MAX_CHARACTERS:
+        raise InputError(f"prompt must have at most {MAX_CHARACTERS} characters, got {len(prompt)}. Shorten it.")
     if not prompt.strip():
-        raise InputError(f"prompt must not be empty, got {prompt!r}. Write a question.")
+        raise InputError(f"prompt must not be empty, got {prompt[:20]!r}. Write a question.")
     try:
         prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"prompt must be valid Unicode, got {prompt!r}.") from None
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"prompt must be valid Unicode, got {prompt[error.start]!r} at character {error.start}."
+        ) from None
     return prompt
 
 
 def _check_length(index: int, prompt: Encoded, limit: int) -> None:
     length, visual = len(prompt.input_ids), int((prompt.image_rows >= 0).sum())
     if not 1 <= length <= limit:
-        raise InputError(
+        raise TooLarge(
             f"prompt {index} must have 1..{limit} tokens, got {length} ({visual} of them visual). "
             f"Shorten it, or rebuild the engine with --max-prompt {length}."
         )

@@ -289,7 +289,7 @@ def test_onnx_runtime_runs_the_very_files_that_were_compiled(build: Build) -> No
     directory = built.directory
     names = {f"{graph}.{suffix}" for graph in ("vision", "language") for suffix in ("onnx", "onnx.data", "engine")}
     assert {path.name for path in directory.iterdir()} == names | {
-        *("manifest.json", "tokenizer.json", "preprocessor.json")
+        *("manifest.json", "tokenizer.json", "preprocessor.json", "chat_template.jinja")
     }
     assert check_files(directory, read_manifest(directory)) == []
     before = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}

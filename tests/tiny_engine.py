@@ -7,12 +7,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from fake_gpu import VERSION as FAKE_VERSION
+
 from export.builder import save
 from export.language import language_model
 from export.vision import vision_model
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import Manifest, timestamp, write_manifest
 from flowcut.budget import Budget, make_budget
+from flowcut.chat import FILE, read_template
 from flowcut.config import Precision
 from flowcut.contract import Limits, language_contracts, stage_names, vision_contract
 from flowcut.preprocess import ImageSettings
@@ -64,6 +67,8 @@ def write_engine(
             (directory / f"{graph}.engine").write_text(str(directory / f"{graph}.onnx"), encoding="utf-8")
     shutil.copy(found.tokenizer, directory / "tokenizer.json")
     settings = ImageSettings.from_directory(found.files, found.config.vision.image_size, found.config.grid_pinpoints)
+    if (template := read_template(found.files)) is not None:
+        (directory / FILE).write_text(template, encoding="utf-8")
     (directory / "preprocessor.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
     write_manifest(directory, _manifest(found, made, budget, (precision, eyes), stages, limits, backend))
     return TinyEngine(directory, found, made, budget)
@@ -78,6 +83,7 @@ def _manifest(
     limits: Limits,
     backend: str,
 ) -> Manifest:
+    libraries = {"ort": {}, "rtx": {"tensorrt_rtx": FAKE_VERSION}, "trt": {"tensorrt": FAKE_VERSION}}
     return Manifest(
         source="",
         model=model.name,
@@ -94,8 +100,8 @@ def _manifest(
         calibration={},
         backend=backend,  # type: ignore[arg-type]
         limits=limits,
-        versions={},
-        compute_capabilities=(),
+        versions=libraries[backend],
+        compute_capabilities=() if backend == "ort" else ("sm80 and later",),
         created=timestamp(),
         build_seconds={},
     )

@@ -182,11 +182,11 @@ def tidy(ptx: str, variant: Variant, sm: int) -> str:
 
 
 def _serve() -> None:
-    """The child: compile what stdin names."""
+    """The child: compile what stdin names, and print it for the parent."""
     for line in sys.stdin:
         variant, sm = json.loads(line)
         kernel = _compile_here(Variant(**variant), sm)
-        print(json.dumps({**kernel.facts(), "ptx": kernel.ptx, "seconds": kernel.seconds}), flush=True)
+        print(json.dumps({**kernel.facts(), "ptx": kernel.ptx, "seconds": kernel.seconds}), flush=True)  # noqa: T201
 
 
 def _compile_here(variant: Variant, sm: int) -> CompiledKernel:

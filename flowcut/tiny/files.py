@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from flowcut.chat import FILE, default_template
 from flowcut.config import PINPOINTS
-from flowcut.prompt import SYSTEM
 from flowcut.tiny.questions import all_questions
 from flowcut.tiny.scenes import make_scene
 
@@ -56,14 +56,6 @@ USER: ASSISTANT:
 A B C D E F G H I J K L M N O P Q R S T U V W X Y Z
 """.strip().splitlines()
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 LLAVA = {
     "architectures": ["LlavaForConditionalGeneration"],
     "ignore_index": -100,
@@ -168,8 +160,7 @@ def write_settings(directory: Path, config: dict[str, Any], image: int, pad: int
     write_json(directory / "special_tokens_map.json", special_tokens())
     write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad})
     write_json(directory / "tokenizer.json", json.loads(tokenizer(image, pad).to_str()))
-    template = CHAT_TEMPLATE if pinpoints is None else SYSTEM + CHAT_TEMPLATE
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (directory / FILE).write_text(default_template(anyres=pinpoints is not None).source, encoding="utf-8")
 
 
 def tokenizer(image: int, pad: int, size: int = VOCABULARY) -> Tokenizer:

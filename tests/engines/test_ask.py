@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +12,9 @@ from PIL import Image
 
 from engines import ask as module
 from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
+from engines.options import Options
 from engines.runtime import Generation, LlavaEngine, Sampling
+from flowcut.chat import ChatTemplate, default_template
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError, InputError
 from flowcut.prompt import question_prompt
@@ -27,6 +28,7 @@ class Engine:
     def __init__(self, limit: int = 64, absent: tuple[str, ...] = ()) -> None:
         self.absent = absent
         self.manifest = SimpleNamespace(limits=SimpleNamespace(max_new_tokens=limit), geometry=CONFIG)
+        self.template, self.options = default_template(anyres=False), Options()
         self.calls: list[tuple[list[Path], str, Sampling]] = []
 
     def generate(self, images: Any, prompt: str, sampling: Sampling) -> Generation:
@@ -73,11 +75,10 @@ def test_answers_are_no_longer_than_the_engine_allows() -> None:
 
 
 def test_a_question_is_put_into_the_template_of_the_model() -> None:
-    images, anyres = (Path("a.png"), Path("b.png")), replace(CONFIG, grid_pinpoints=((672, 336),))
-    assert Question(images, "Why?", template=True).prompt(CONFIG) == question_prompt("Why?", 2)
-    assert Question(images, "Why?", template=True).prompt(anyres) == question_prompt("Why?", 2, anyres=True)
-    assert question_prompt("Why?", 2, anyres=True) != question_prompt("Why?", 2)
-    assert Question(images, "<image><image>").prompt(anyres) == "<image><image>"
+    images, other = (Path("a.png"), Path("b.png")), ChatTemplate("Q: {{ messages[0]['content'] }} A:")
+    assert Question(images, "Why?", template=True).prompt(default_template(False)) == question_prompt("Why?", 2)
+    assert Question(images, "Why?", template=True).prompt(other) == "Q: <image>\n<image>\nWhy? A:"
+    assert Question(images, "<image><image>").prompt(other) == "<image><image>"
 
 
 @pytest.mark.parametrize(("field", "value"), [("repeats", 0), ("answer_tokens", 0), ("answer_tokens", -1)])

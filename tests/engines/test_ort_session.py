@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import math
+import os
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +20,22 @@ import pytest
 import recipe
 from tiny_engine import LIMITS, TinyEngine, write_engine
 
-from engines import ort_session as module
+from engines import ort_loading
+from engines.memory import process_bytes
 from engines.options import Options
 from engines.ort_session import OrtSession
 from engines.session import feeds_of, results_of, state_pairs
+from engines.stages import Chain
 from export.builder import GraphBuilder, save
-from flowcut.contract import GraphContract, Range, TensorSpec, language_contract, vision_contract
+from flowcut.contract import (
+    GraphContract,
+    Limits,
+    Range,
+    TensorSpec,
+    language_contract,
+    language_contracts,
+    vision_contract,
+)
 from flowcut.errors import EngineError
 
 Feeds = dict[str, np.ndarray]
@@ -118,6 +133,121 @@ def test_cache_is_updated_in_place_and_equals_the_copied_one(
     assert "copying past_cache" in capfd.readouterr().err  # so the absence above means something
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_step_takes_no_memory_of_a_cache_s_size(stages: int, tmp_path: Path) -> None:
+    """Whatever copies the cache, the tensor of one layer even, or writes more of it than a row, has to have memory for
+    it: untouched zeros take none. A tensor is larger than what malloc would take from memory that was freed."""
+    batch, limits = 12, Limits(max_batch=12, max_images=1, max_prompt=3000, max_new_tokens=1000)
+    engine = write_engine(tmp_path / "engine", limits=limits, stages=stages)
+    config, kept = engine.model.config, engine.schedule.tokens
+    contracts = language_contracts(config, kept, "fp32", limits, stages, None)
+    sessions = [OrtSession(engine.directory / f"{c.name}.onnx", c, Options(threads=1)) for c in contracts]
+    whole = language_contract(config, kept, "fp32", limits)
+    session = sessions[0] if stages == 1 else Chain(whole, sessions)
+    feeds = next_tokens(prompts(engine), 0) | {"input_ids": np.full((batch, 1), 5), "last_token": np.zeros(batch, int)}
+    feeds |= {"image_rows": np.full((batch, 1), -1)}
+    shape = state_pairs(whole)[0][0].shape({"batch": batch})
+    tensor = 4 * math.prod(shape)
+    assert tensor > 32 << 20
+    with small_pages():
+        state = session.allocate_state(batch)
+        with peak_growth() as growth:
+            for step in range(3):
+                session.run(feeds | {"position_ids": np.full((batch, 1), step)}, state)
+        assert growth[0] < tensor / 4
+        copying = plain(engine, contracts[0].name)
+        past = {s.name: np.zeros(s.shape({"batch": batch}), np.float32) for s, _ in state_pairs(contracts[0])}
+        known = feeds | {"position_ids": np.zeros((batch, 1), int)}
+        taken = {s.name: known[s.name] for s in feeds_of(contracts[0])}
+        with peak_growth() as growth:
+            presents = copying.run([present for _, present in state_pairs(contracts[0])], taken | past)
+    assert growth[0] > sum(present.nbytes for present in presents) * 0.9  # so the bound above means something
+
+
+@contextmanager
+def peak_growth() -> Iterator[list[int]]:
+    """Bytes that the block had in memory at its peak, beyond what was there before; known when it is over."""
+    status, growth = Path("/proc/self/status"), [0]
+
+    def read(name: str) -> int:
+        return int(re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)[1]) * 1024
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    except OSError as error:
+        pytest.skip(f"the system does not tell peaks of a block: {error}")
+    before = read("VmRSS")
+    yield growth
+    growth[0] = read("VmHWM") - before
+
+
+@contextmanager
+def small_pages() -> Iterator[None]:
+    """With pages of 2 MB, the first byte of a row would take all rows beside it."""
+    disable = 41  # PR_SET_THP_DISABLE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(disable, 1, 0, 0, 0) != 0:
+        pytest.skip(f"pages of 2 MB cannot be turned off: {os.strerror(ctypes.get_errno())}")
+    yield
+    libc.prctl(disable, 0, 0, 0, 0)
+
+
+def test_outputs_of_the_cache_are_where_its_inputs_are(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession]
+) -> None:
+    session, feeds = open_session("language"), prompts(tiny)
+    state = session.allocate_state(2)
+    caches = [cache.data_ptr() for cache in state.caches]
+    for step in (feeds, next_tokens(feeds, 0)):
+        session.run(step, state)
+        pointers = {output.data_ptr() for output in state.binding.get_outputs()}
+        assert pointers >= set(caches)
+    assert len(set(caches)) == len(state_pairs(session.contract))
+
+
+def test_two_thousand_steps_do_not_add_up_in_memory(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession]
+) -> None:
+    """A step that kept its logits would add 8 kB each, one that kept a cache a MB."""
+    session, feeds = open_session("language"), next_tokens(prompts(tiny), 0)
+    state = session.allocate_state(2)
+    taken = []
+    for _ in range(2):
+        for _ in range(2000):
+            session.run(feeds, state)
+        gc.collect()
+        taken.append(process_bytes()[0])
+    assert taken[1] - taken[0] < 2000 * 1024
+
+
+def test_a_cache_on_a_device_is_zero_though_its_zeros_are_sent_there_once(
+    tiny: TinyEngine, open_session: Callable[[str], OrtSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is played by the CPU's memory, full of what an earlier request left there."""
+    sent, make, allocate = [], ort.OrtValue.ortvalue_from_numpy, ort.OrtValue.ortvalue_from_shape_and_type
+
+    def send(array: np.ndarray, device: str) -> ort.OrtValue:
+        sent.append(array.shape)
+        return make(array.copy(), "cpu")
+
+    def full(shape: tuple[int, ...], dtype: type, device: str) -> ort.OrtValue:
+        value = allocate(shape, dtype, "cpu")
+        value.update_inplace(np.full(shape, np.nan, dtype))
+        return value
+
+    session = open_session("language")
+    monkeypatch.setattr(session, "device", "cuda")
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", send)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", full)
+    states = [session.allocate_state(2) for _ in range(2)]
+    for cache in states[1].caches:
+        np.testing.assert_array_equal(cache.numpy(), np.zeros(cache.shape(), np.float32))
+    pointers = {cache.data_ptr() for state in states for cache in state.caches}
+    assert len(pointers) == 2 * len(state_pairs(session.contract))
+    assert len(sent) == 1
+    assert session.memory_bytes()["zeros"] == 4 * math.prod(sent[0])
+
+
 def test_nothing_of_an_earlier_request_is_left_in_a_new_state(
     tiny: TinyEngine, open_session: Callable[[str], OrtSession]
 ) -> None:
@@ -212,9 +342,11 @@ def test_cuda_computes_without_tf32_and_the_cpu_is_used_where_it_does_not_start(
 
     monkeypatch.setattr(ort, "InferenceSession", without_cuda)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr(module, "gpu_present", lambda: True)
+    monkeypatch.setattr(ort_loading, "gpu_present", lambda: True)
     assert open_session("vision").device == "cpu"
-    assert asked == [("CUDAExecutionProvider", {"use_tf32": 0}), "CPUExecutionProvider"]
+    (name, settings), after = asked
+    assert (name, after) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+    assert settings["use_tf32"] == 0
     assert "vision: CUDA does not start here" in caplog.text
 
 
@@ -292,7 +424,7 @@ def on_both(
     def both(graph: str) -> list[OrtSession]:
         with monkeypatch.context() as patch:
             cuda = open_session(graph)
-            patch.setattr(module, "gpu_present", lambda: False)
+            patch.setattr(ort_loading, "gpu_present", lambda: False)
             sessions = [cuda, open_session(graph)]
         assert [session.device for session in sessions] == ["cuda", "cpu"]
         return sessions
@@ -314,6 +446,16 @@ def test_vision_on_the_cuda_provider_agrees_with_the_cpu(
         both, rows_a, rows_b = np.intersect1d(a, b, return_indices=True)
         assert len(both) >= len(a) - 1  # the last two may have scores that are equal but for rounding
         assert_close(embeds[0][image, rows_a], embeds[1][image, rows_b])
+
+
+@pytest.mark.gpu
+def test_a_new_cache_on_the_cuda_provider_is_zero(tiny: TinyEngine, on_both: Callable[[str], list[OrtSession]]) -> None:
+    session, feeds = on_both("language")[0], prompts(tiny)
+    for _ in range(3):
+        state = session.allocate_state(2)
+        assert not any(cache.numpy().any() for cache in state.caches)
+        assert {cache.device_name() for cache in state.caches} == {"cuda"}
+        session.run(feeds | {"image_embeds": feeds["image_embeds"] * np.nan}, state)
 
 
 @pytest.mark.gpu

@@ -24,6 +24,7 @@ from engines.pipeline import BuildSettings, Built, build_directory
 from engines.runtime import Sampling, load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
+from flowcut.chat import default_template
 from flowcut.contract import GraphContract, Limits, language_contract, vision_contract
 from flowcut.errors import CheckpointError, ConfigError, EngineError, FlowCutError
 
@@ -130,9 +131,7 @@ def test_a_prompt_has_room_for_all_rows_of_a_picture(
     monkeypatch.setattr(pipeline, "check_replaceable", stop)
     settings = BuildSettings(alias, random=True, tokens=tokens, backend="ort", out_root=tmp_path)
     with pytest.raises(Enough):
-        build_directory(
-            settings, Progress(disable=True), lambda _tokenizer, _config, _budget, limits: seen.append(limits)
-        )
+        build_directory(settings, Progress(disable=True), lambda *given: seen.append(given[-1]))
     assert [limits.max_prompt for limits in seen] == [prompt]
 
 
@@ -319,3 +318,16 @@ def test_a_checkpoint_without_a_tokenizer_gets_a_stand_in_and_says_so(tmp_path: 
     built = build(tmp_path / "e", model=str(source))
     assert built.manifest.note == "stand-in tokenizer (no tokenizer.json in the checkpoint)"
     assert load_engine(built.directory).generate(np.zeros((9, 9, 3), np.uint8), "<image>", Sampling(1)).kept
+
+
+def test_the_checkpoints_chat_template_comes_along(tmp_path: Path) -> None:
+    source = shutil.copytree(ASSETS / "llava-tiny", tmp_path / "mine")
+    own = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    (source / "chat_template.jinja").write_text(own, encoding="utf-8")
+    built = build(tmp_path / "own", model=str(source))
+    assert "chat_template.jinja" in built.manifest.files
+    assert (built.directory / "chat_template.jinja").read_text(encoding="utf-8") == own
+    (source / "chat_template.jinja").unlink()
+    built = build(tmp_path / "none", model=str(source))
+    assert "chat_template.jinja" not in built.manifest.files
+    assert load_engine(built.directory).template == default_template(anyres=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import threading
 from collections.abc import Callable
@@ -11,21 +10,24 @@ from pathlib import Path
 import fake_gpu
 import numpy as np
 import pytest
-import recipe
-from fake_gpu import FakeGpu
+from fake_gpu import CudaError, FakeGpu, Stream
 from tiny_engine import LIMITS, TinyEngine, write_engine
+from trt_feeds import close, contract_of, follow, next_tokens, pixels, prompts, reference, steps_of
 
+from engines import trt_session
 from engines.backends import gpu_present
 from engines.cuda_device import CudaDevice
+from engines.options import Options
 from engines.ort_session import OrtSession
+from engines.session import bytes_of
 from engines.trt_session import TrtSession
 from engines.widen import widened, widened_contract
 from flowcut.aliases import resolve
-from flowcut.contract import GraphContract, language_contract, vision_contract
+from flowcut.contract import language_contract
 from flowcut.errors import EngineError, FlowCutError
 
-Feeds = dict[str, np.ndarray]
-Open = Callable[[str], TrtSession]
+Open = Callable[..., TrtSession]
+EXECUTED = ["record", "execute", "record"]
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +37,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyEngine:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    monkeypatch.setattr(trt_session, "WAIT_S", 0)
     return fake_gpu.install(monkeypatch)
 
 
 @pytest.fixture
 def open_session(tiny: TinyEngine, gpu: FakeGpu) -> Open:
     device = CudaDevice("rtx")
-    return lambda graph: TrtSession(tiny.directory / f"{graph}.engine", contract_of(tiny, graph), "rtx", device)
 
+    def session(graph: str, **options: object) -> TrtSession:
+        path, chosen = tiny.directory / f"{graph}.engine", Options.make(options)
+        return TrtSession(path, contract_of(tiny, graph), "rtx", device, chosen)
 
-def contract_of(tiny: TinyEngine, graph: str) -> GraphContract:
-    make = {"vision": vision_contract, "language": language_contract}[graph]
-    return make(tiny.model.config, tiny.schedule.tokens, "fp16", LIMITS)
-
-
-def reference(tiny: TinyEngine, graph: str) -> OrtSession:
-    return OrtSession(tiny.directory / f"{graph}.onnx", contract_of(tiny, graph))
-
-
-def pixels(tiny: TinyEngine, images: int, seed: int = 0) -> Feeds:
-    size = tiny.model.config.vision.image_size
-    return {"pixel_values": recipe.pixels(size, images, seed).astype(np.float16)}
-
-
-def prompts(batch: int = 2, length: int = 24, seed: int = 0) -> Feeds:
-    rng = np.random.default_rng(seed)
-    rows = np.full((batch, length), -1)
-    rows[0, 2:18] = np.arange(16)
-    return {
-        "input_ids": rng.integers(3, 448, (batch, length)),
-        "position_ids": np.tile(np.arange(length), (batch, 1)),
-        "image_rows": rows,
-        "last_token": np.arange(batch) + length - batch,
-        "image_embeds": rng.standard_normal((1, 16, 192)).astype(np.float16),
-    }
-
-
-def next_tokens(feeds: Feeds, step: int) -> Feeds:
-    batch = len(feeds["last_token"])
-    return feeds | {
-        "input_ids": np.full((batch, 1), 5 + step),
-        "position_ids": (feeds["last_token"] + 1 + step)[:, None],
-        "image_rows": np.full((batch, 1), -1),
-        "last_token": np.zeros(batch, np.int64),
-    }
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> bool:
-    return float(np.abs(got - expected).max()) <= 1e-3 * float(np.abs(expected).max())
+    return session
 
 
 def test_vision_returns_what_the_graph_computes(tiny: TinyEngine, open_session: Open) -> None:
@@ -96,12 +63,10 @@ def test_vision_returns_what_the_graph_computes(tiny: TinyEngine, open_session: 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_prefill_and_decode_equal_onnx_runtime(tiny: TinyEngine, open_session: Open, batch: int) -> None:
-    answers = []
-    for session in (open_session("language"), reference(tiny, "language")):
-        feeds, state = prompts(batch), session.allocate_state(batch)
-        steps = [feeds, *(next_tokens(feeds, i) for i in range(4))]
-        answers.append([session.run(step, state).arrays["logits"] for step in steps])
-    assert all(map(close, *answers))
+    got, expected = (
+        follow(session, prompts(batch)) for session in (open_session("language"), reference(tiny, "language"))
+    )
+    assert close(got, expected)
 
 
 def test_embeddings_go_from_vision_to_language_on_the_device(
@@ -111,29 +76,19 @@ def test_embeddings_go_from_vision_to_language_on_the_device(
     first = vision.run(pixels(tiny, 1), keep=["image_embeds"]).kept["image_embeds"]
     vision.run(pixels(tiny, 1, seed=1), keep=["image_embeds"])  # must not touch what the first one kept
     state = language.allocate_state(2)
-    gpu.calls.clear()
-    got = language.run(prompts() | {"image_embeds": first}, state).arrays["logits"]
-    assert gpu.calls == ["copy"] * 4 + ["record", "execute", "record", "copy", "sync"]
+    gpu.log.clear()
+    gpu.copied_bytes = 0
+    feeds = prompts() | {"image_embeds": first}
+    got = language.run(feeds, state).arrays["logits"]
+    host = sum(array.nbytes for name, array in feeds.items() if name != "image_embeds")
+    assert gpu.copied_bytes == host + bytes_of(first) + got.nbytes  # once within the device, none by way of the host
+    compute = language.device.compute
+    assert [what for what, stream in gpu.log if stream is compute] == ["wait", "record", "execute", "record"]
+    copying = [what for what, stream in gpu.log if stream is not compute]
+    assert copying == ["copy"] * 5 + ["record", "wait", "copy", "sync"]
     embeds = reference(tiny, "vision").run(pixels(tiny, 1)).arrays["image_embeds"]
     other = reference(tiny, "language")
     assert close(got, other.run(prompts() | {"image_embeds": embeds}, other.allocate_state(2)).arrays["logits"])
-
-
-def test_memory_is_allocated_once(gpu: FakeGpu, open_session: Open) -> None:
-    session = open_session("language")
-
-    def request(batch: int) -> None:
-        feeds, state = prompts(batch), session.allocate_state(batch)
-        for step in [feeds, *(next_tokens(feeds, i) for i in range(3))]:
-            session.run(step, state)
-        del state
-        gc.collect()
-
-    request(1)
-    before = gpu.allocations
-    for batch in (3, 2, 1):
-        request(batch)
-    assert gpu.allocations == before
 
 
 def test_no_more_is_copied_than_the_request_needs(gpu: FakeGpu, open_session: Open) -> None:
@@ -144,25 +99,11 @@ def test_no_more_is_copied_than_the_request_needs(gpu: FakeGpu, open_session: Op
     assert gpu.copied_bytes == sum(array.nbytes for array in feeds.values()) + logits.nbytes
 
 
-def test_kept_outputs_are_freed_with_their_last_reference(tiny: TinyEngine, gpu: FakeGpu, open_session: Open) -> None:
-    session = open_session("vision")
-    before = gpu.device_bytes
-    for _ in range(3):
-        session.run(pixels(tiny, 2), keep=["image_embeds"])
-    gc.collect()
-    session.run(pixels(tiny, 2))  # a freed buffer goes in the order of the stream
-    assert gpu.device_bytes == before
-
-
 def test_a_used_cache_is_cleared_before_it_is_used_again(open_session: Open) -> None:
-    session, feeds = open_session("language"), prompts()
-    spoiled = session.run(
-        feeds | {"image_embeds": feeds["image_embeds"] * np.float16(np.nan)}, session.allocate_state(2)
-    )
-    assert np.isnan(spoiled.arrays["logits"]).any()
-    gc.collect()
-    again = session.run(feeds, session.allocate_state(2)).arrays["logits"]
-    assert np.isfinite(again).all()
+    session, feeds = open_session("language", concurrency=1), prompts()
+    spoiled = follow(session, feeds | {"image_embeds": feeds["image_embeds"] * np.float16(np.nan)})
+    assert np.isnan(spoiled).any()
+    assert np.isfinite(follow(session, feeds)).all()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -178,8 +119,9 @@ def test_a_bf16_decoder_exchanges_float32_and_keeps_its_cache_in_two_bytes(
     feeds["image_embeds"] = feeds["image_embeds"].astype(np.float32)
     state, alone = session.allocate_state(batch), other.allocate_state(batch)
     greatest = LIMITS.max_batch * 4 * LIMITS.cache_rows * 48  # heads, rows, size
-    assert {buffer.size for buffer in state.buffers.values()} == {2 * greatest}
-    for step in [feeds, *(next_tokens(feeds, i) for i in range(3))]:
+    pairs = len(contract.inputs) - len(feeds)
+    assert session.memory_bytes()["cache"] == 2 * 2 * greatest * pairs  # two bytes, two requests
+    for step in steps_of(feeds, 3):
         got, expected = (s.run(step, own).arrays["logits"] for s, own in ((session, state), (other, alone)))
         assert got.dtype == np.float32
         assert float(np.abs(got - expected).max()) <= 0.02 * float(np.abs(expected).max())  # the cache's rounding
@@ -201,7 +143,7 @@ def test_two_requests_may_alternate(tiny: TinyEngine, open_session: Open, batche
 
 
 def test_any_thread_may_call(tiny: TinyEngine, open_session: Open) -> None:
-    session, expected = open_session("vision"), reference(tiny, "vision")
+    session, expected = open_session("vision", concurrency=4), reference(tiny, "vision")
     found: dict[int, np.ndarray] = {}
 
     def look(seed: int) -> None:
@@ -223,6 +165,109 @@ def test_a_refused_execution_is_an_error_with_the_librarys_reason(gpu: FakeGpu, 
     gpu.fail_execution = True
     with pytest.raises(EngineError, match="language: tensorrt_rtx did not execute: cannot execute"):
         session.run(prompts(), state)
+    gpu.fail_execution = False  # and copies that were under way do not disturb the next one
+    assert close(session.run(prompts(seed=1), state).arrays["logits"], follow(session, prompts(seed=1), 0)[0])
+
+
+def test_an_error_of_cuda_is_an_error_of_the_engine(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session("vision")
+
+    def lost(event: object) -> None:
+        raise CudaError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(session.device.compute, "wait", lost)
+    feeds = {"pixel_values": np.zeros((1, 3, 168, 168), np.float16)}
+    with pytest.raises(EngineError, match=r"vision failed on the GPU: an illegal memory access was encountered\."):
+        session.run(feeds)
+
+
+def test_a_state_of_another_session_is_refused(open_session: Open) -> None:
+    session, other = open_session("language"), open_session("language")
+    with pytest.raises(EngineError, match="language must be run with a state that it allocated, got another's"):
+        session.run(prompts(), other.allocate_state(2))
+
+
+def test_one_computes_while_the_inputs_of_the_next_are_copied(
+    tiny: TinyEngine, gpu: FakeGpu, open_session: Open
+) -> None:
+    """The first request is held where it waits for its results. The second goes through from beginning to end."""
+    session = open_session("language")
+    states, got = [session.allocate_state(2) for _ in range(2)], dict[int, np.ndarray]()
+    waits, may_go, first = threading.Event(), threading.Event(), threading.Thread(target=lambda: ask(0))
+
+    def ask(number: int) -> None:
+        got[number] = session.run(prompts(seed=number), states[number]).arrays["logits"]
+
+    def hold(stream: Stream) -> None:
+        if threading.current_thread() is first:
+            waits.set()
+            assert may_go.wait(60)
+
+    gpu.before_sync = hold
+    first.start()
+    assert waits.wait(60)
+    gpu.log.clear()
+    ask(1)
+    assert 0 not in got
+    assert [what for what, _ in gpu.log] == [*["copy"] * 5, "record", "wait", *EXECUTED, "wait", "copy", "sync"]
+    may_go.set()
+    first.join()
+    for number, logits in got.items():
+        assert close(logits, follow(reference(tiny, "language"), prompts(seed=number), 0)[0])
+
+
+def test_nobody_waits_for_the_device_with_the_lock_in_hand(gpu: FakeGpu, open_session: Open) -> None:
+    vision, language = open_session("vision"), open_session("language")
+    held = []
+    gpu.before_sync = lambda stream: held.append(vision.device.lock.locked())
+    follow(language, prompts(3))
+    vision.run({"pixel_values": np.zeros((2, 3, 168, 168), np.float16)}, keep=["image_embeds"]).kept[
+        "image_embeds"
+    ].split()
+    assert held
+    assert not any(held)
+
+
+def test_work_is_put_on_the_stream_that_computes_with_the_lock_in_hand(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or another thread's would come between an execution and the events around it."""
+    session = open_session("language")
+    compute, lock, locked = session.device.compute, session.device.lock, []
+    put = compute.put
+    monkeypatch.setattr(compute, "put", lambda op: (locked.append(lock.locked()), put(op)))
+    follow(session, prompts(), 3)
+    assert locked == [True] * 4 * 4  # wait, record, execute, record
+
+
+def test_layers_are_timed_where_that_is_asked_for(open_session: Open) -> None:
+    assert open_session("language").layer_times() == []
+    session = open_session("language", profile=True)
+    follow(session, prompts(), 2)
+    first, second = session.layer_times()
+    assert (first.graph, first.name, first.op, first.calls, first.total_ms) == ("language", "attention", "", 3, 2.25)
+    assert (second.name, second.total_ms) == ("mlp", 0.75)
+    assert session.layer_times() == []
+    follow(session, prompts(), 2)
+    session.forget_times()
+    assert session.layer_times() == []
+
+
+def test_after_close_nothing_runs_and_memory_is_free(gpu: FakeGpu, tiny: TinyEngine) -> None:
+    device = CudaDevice("rtx")
+    before = gpu.device_bytes
+    sessions = [
+        TrtSession(tiny.directory / f"{g}.engine", contract_of(tiny, g), "rtx", device) for g in ("vision", "language")
+    ]
+    for session in sessions:
+        assert gpu.device_bytes > before
+        session.close()
+        session.close()  # again does no harm
+    with pytest.raises(EngineError, match=r"vision must be open, got a request after its close\(\)"):
+        sessions[0].run(pixels(tiny, 1))
+    with pytest.raises(EngineError, match="language must be open"):
+        sessions[1].allocate_state(1)
+    assert gpu.device_bytes == before
 
 
 def test_feeds_are_checked_before_anything_is_copied(gpu: FakeGpu, open_session: Open) -> None:

@@ -491,6 +491,19 @@ def test_engines_are_compared_with_onnxruntime(engine: Path, monkeypatch: pytest
     assert {(r.reference, r.verdict, r.error) for r in found} == {("onnxruntime", "ok", 0.0)}
 
 
+def test_engines_of_a_changed_directory_are_not_run(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, engine, lambda outputs: pytest.fail("the engine was run"))
+    (engine / "new").touch()
+    report = verify(engine)
+    assert failed(report) == {("directory", "size, sha256")}
+    for graph in ("vision", "language"):
+        found = row(report, graph, "tensorrt_rtx", "all")
+        assert (found.verdict, found.detail) == (
+            "not run",
+            "the directory was changed, and an engine is executable code",
+        )
+
+
 def test_rejects_an_engine_with_other_results(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(outputs: dict[str, np.ndarray]) -> None:
         if "logits" in outputs:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -24,6 +27,7 @@ from flowcut.artifacts import (
     publish,
     read_manifest,
     timestamp,
+    what_differs,
     write_manifest,
 )
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
@@ -78,7 +82,104 @@ def test_manifest_survives_the_disk(target: Path) -> None:
     written = build(target, engine=b"weights")
     assert read_manifest(target) == written
     assert written.files == {"engine": FileRecord(hashlib.sha256(b"weights").hexdigest(), 7)}
-    assert replace(written, files={}) == MANIFEST_OF_7B
+    assert replace(written, files={}, sha256="") == MANIFEST_OF_7B
+
+
+def test_the_manifest_carries_the_hash_of_its_own_text(target: Path) -> None:
+    """As anybody can check without this project: empty the line, hash the rest."""
+    written = build(target, engine=b"weights")
+    text = (target / MANIFEST).read_text(encoding="ascii")
+    emptied = re.sub(r'^  "sha256": "[0-9a-f]{64}"', '  "sha256": ""', text, flags=re.MULTILINE)
+    assert emptied != text
+    assert written.sha256 == hashlib.sha256(emptied.encode()).hexdigest()
+    assert written.sha256 in text
+
+
+def test_every_changed_byte_of_a_manifest_is_refused(target: Path) -> None:
+    build(target, engine=b"weights")
+    path, draw = target / MANIFEST, random.Random(0)
+    content = path.read_bytes()
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= draw.randrange(1, 256)
+        path.write_bytes(changed)
+        with pytest.raises(EngineError, match=r"manifest\.json") as caught:
+            read_manifest(target)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(content)
+    read_manifest(target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text + "\n", "byte for byte"),
+        (lambda text: " " + text, "byte for byte"),
+        (lambda text: text.replace("\n", "\r\n"), "byte for byte"),
+        (lambda text: text[:-1], "byte for byte"),
+        (lambda text: text.replace("18.25", "1825e-2"), "byte for byte"),
+        (lambda text: text.replace("18.25", "1e999"), "byte for byte"),
+        (lambda text: text.replace("18.25", "NaN"), "NaN, which JSON has not"),
+        (lambda text: text.replace('"seed": 0', '"seed": 0,\n  "seed": 0'), "byte for byte"),
+        (
+            lambda text: text.replace('"seed": 0', '"seed": 1'),
+            "sha256 must be [0-9a-f]{64}, its own, got '[0-9a-f]{64}'",
+        ),
+        (lambda text: text.replace('"int8"', '"int\\u0038"'), "byte for byte"),
+        (lambda text: re.sub('  "sha256": "[0-9a-f]{64}",\n  "source"', '  "sha256": "",\n  "source"', text), "got ''"),
+    ],
+)
+def test_a_manifest_is_refused_that_says_the_same_otherwise(
+    target: Path, change: Callable[[str], str], message: str
+) -> None:
+    build(target)
+    path = target / MANIFEST
+    text = change(path.read_text(encoding="ascii"))
+    assert text != path.read_text(encoding="ascii")
+    path.write_bytes(text.encode("ascii"))
+    with pytest.raises(EngineError, match=message):
+        read_manifest(target)
+
+
+def test_a_command_with_any_path_survives(target: Path) -> None:
+    """A path need not be UTF-8: Python has its other bytes as lone surrogates."""
+    command = "flowcut engine 'a b' --out '/tmp/\udcff\u00e9\n'"
+    with publish(target) as partial:
+        write_manifest(partial, replace(MANIFEST_OF_7B, command=command))
+    assert read_manifest(target).command == command
+    assert "\n" not in read_manifest(target).remedy
+
+
+def test_the_remedy_is_the_command_where_it_is_known() -> None:
+    assert MANIFEST_OF_7B.remedy == "Build it again."
+    assert replace(MANIFEST_OF_7B, command="flowcut engine m").remedy == "Build it again: flowcut engine m"
+
+
+def test_a_manifest_that_is_no_plain_file_is_refused(target: Path) -> None:
+    build(target)
+    path, elsewhere = target / MANIFEST, target.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(EngineError, match=r"manifest\.json must be .*, got: a symbolic link, not a plain file"):
+        read_manifest(target)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(EngineError, match="got: a pipe, not a plain file"):
+        read_manifest(target)
+    with pytest.raises(EngineError, match="Remove it or build into another directory"):
+        build(target)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(EngineError, match="got: a folder, not a plain file"):
+        read_manifest(target)
+
+
+def test_gigabytes_that_have_the_manifests_name_are_not_read(target: Path) -> None:
+    build(target)
+    with (target / MANIFEST).open("r+b") as file:
+        file.truncate(100 << 30)  # of which the disk holds nothing
+    with pytest.raises(EngineError, match=rf"content must be at most {1 << 20} bytes, got {100 << 30}"):
+        read_manifest(target)
 
 
 def test_text_does_not_depend_on_the_order_of_insertion() -> None:
@@ -109,6 +210,7 @@ def test_missing_keys_are_named_wherever_they_are() -> None:
         (lambda d: d.update(tokens=577), r"tokens must be in 1\.\.576, got 577"),
         (lambda d: d.update(weights="trained"), "weights must be one of 'checkpoint', 'random', got 'trained'"),
         (lambda d: d.update(backend="ort"), "compute_capabilities must be empty for ort"),
+        (lambda d: d.update(compute_capabilities=[]), r"must be what the engines were compiled for \(rtx\), got \[\]"),
         (lambda d: d.update(versions=["3.11"]), "versions must be"),
         (lambda d: d["versions"].update(python=3.11), r"versions\.python must be str, got 3\.11"),
         (lambda d: d.update(compute_capabilities=[8.0]), r"compute_capabilities\[0\] must be str"),
@@ -188,18 +290,20 @@ def test_every_kind_of_difference_is_listed(target: Path) -> None:
 
 
 def test_a_manifest_cannot_point_outside_its_directory(target: Path) -> None:
-    build(target)
-    secret = target.parent / "secret"
-    secret.write_bytes(b"x")
-    record = FileRecord(hashlib.sha256(b"x").hexdigest(), 1)
-    assert check_files(target, replace(MANIFEST_OF_7B, files={"../secret": record})) == ["../secret: missing"]
+    record = FileRecord("0" * 64, 1)
+    for name in ("../secret", "/etc/passwd", "a/../../secret", "./a", "a//b", "a/", "", ".", "a\0b", MANIFEST):
+        with pytest.raises(ConfigError, match="files must be named by paths inside the directory, got"):
+            replace(MANIFEST_OF_7B, files={name: record})
 
 
-def test_files_larger_than_one_read_are_hashed_whole(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 40_000
-    (tmp_path / "big").write_bytes(content)
-    record = write_manifest(tmp_path, MANIFEST_OF_7B).files["big"]
-    assert record == FileRecord(hashlib.sha256(content).hexdigest(), len(content))
+def test_a_message_names_no_more_than_can_be_read(target: Path) -> None:
+    manifest = build(target)
+    message = what_differs(target, manifest, [f"{i}: missing" for i in range(9)])
+    assert message == (
+        f"{target} must hold what was built there, got 0: missing; 1: missing; 2: missing; 3: missing; 4: missing "
+        "and 4 more. Build it again."
+    )
+    assert "and 0 more" not in what_differs(target, manifest, ["0: missing"] * 5)
 
 
 def test_an_engine_directory_is_replaced(target: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flowcut import atomic
-from flowcut.atomic import check_space, replacing
+from flowcut.atomic import check_space, remove_leftovers, replacing, write_file
 from flowcut.errors import EngineError
 
 BUILD = """
@@ -79,6 +81,12 @@ def test_a_parent_made_for_a_failed_build_goes_with_it(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     build(tmp_path / "new" / "target", "text")
     assert names(tmp_path / "new") == ["target"]
+
+
+def test_all_folders_made_for_a_failed_build_go_with_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        build_and_raise(tmp_path / "a" / "b" / "c" / "target", RuntimeError())
+    assert names(tmp_path) == []
 
 
 def test_target_is_untouched_until_the_block_ends(target: Path) -> None:
@@ -178,13 +186,135 @@ def test_directory_moved_aside_by_a_killed_build_comes_back(target: Path) -> Non
     assert names(target.parent) == [target.name]
 
 
-def test_leftovers_of_other_targets_stay(target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
+def test_hidden_names_that_no_build_makes_stay(target: Path) -> None:
     others = [f".{target.name}.4.5.abc.partial", ".other.5.abc.partial", f".{target.name}.partial"]
+    others += [".other.5.0a1b2c3d.gone", "other.5.0a1b2c3d.partial", ".5.0a1b2c3d.partial"]
     for name in others:
         (target.parent / name).mkdir()
+    (target.parent / ".other.5.0a1b2c3d.partial").symlink_to(target.parent / others[0])
     build(target, "new")
-    assert names(target.parent) == sorted([*others, target.name])
+    assert names(target.parent) == sorted([*others, ".other.5.0a1b2c3d.partial", target.name])
+
+
+def test_leftovers_of_every_target_in_the_folder_go(target: Path) -> None:
+    aside, folder = target.parent / ".second.2.0a1b2c3d.old", target.parent / ".other-name.1.0a1b2c3d.partial"
+    folder.mkdir()
+    (folder / "weights").write_text("half")
+    (target.parent / ".result.json.1.0a1b2c3d.partial").write_text("half")
+    build(aside, "second")
+    remove_leftovers(target)
+    assert names(target.parent) == ["second"]
+    assert tree(target.parent / "second")["text"] == "second"
+
+
+def test_files_and_directories_clean_up_after_each_other(target: Path) -> None:
+    (target.parent / ".other.1.0a1b2c3d.partial").mkdir()
+    write_file(target.parent / "file", b"text")
+    (target.parent / ".other.1.0a1b2c3d.partial").write_text("half")
+    build(target, "new")
+    assert names(target.parent) == ["file", target.name]
+
+
+def test_leftovers_in_no_folder_are_none(tmp_path: Path) -> None:
+    remove_leftovers(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+
+
+def test_without_locks_leftovers_stay_and_are_named(
+    target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    leftover = target.parent / ".other.1.0a1b2c3d.partial"
+    leftover.mkdir()
+    build(target, "new")
+    assert names(target.parent) == [leftover.name, target.name]
+    assert str(leftover) in caplog.text
+
+
+def test_ctrl_c_while_the_old_directory_is_removed_waits_for_it(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree, begun = shutil.rmtree, []
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        begun.append(path)
+        if len(begun) == 1:
+            raise KeyboardInterrupt
+        rmtree(path, ignore_errors=ignore_errors)
+
+    build(target, "old")
+    monkeypatch.setattr(atomic.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(target, "new")
+    assert tree(target)["text"] == "new"
+    assert names(target.parent) == [target.name]
+
+
+def test_contents_are_on_the_disk_before_names_and_names_before_the_swap(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves cannot be tried here: the order of what is asked of the disk can."""
+    build(target, "old")
+    asked: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        asked.append(re.sub(r"\.tiny.*?partial", "new", path.relative_to(target.parent).as_posix()))
+
+    def exchange(new: Path, old: Path) -> bool:
+        asked.append("swap")
+        return real(new, old)
+
+    real = atomic._exchange
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(atomic, "_exchange", exchange)
+    build(target, "new")
+    assert asked == ["new/text", "new", "new/deep/text", "new/deep", "swap", "."]
+    asked.clear()
+    write_file(target.parent / "tiny.json", b"text")
+    assert asked == ["new", "."]
+
+
+def test_new_folders_above_the_target_are_written_through_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(atomic.os, "fsync", lambda fd: asked.append(Path(f"/proc/self/fd/{fd}").resolve()))
+    build(tmp_path / "a" / "b" / "target", "new")
+    assert {tmp_path, tmp_path / "a"} <= set(asked)
+
+
+def test_disk_that_cannot_write_folders_through_is_good_enough(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(errno.EINVAL, "not of folders")
+
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    build(target, "new")
+    assert tree(target)["text"] == "new"
+
+
+def test_target_that_cannot_be_moved_is_refused_at_once(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(target, "old")
+    begun = []
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "access", lambda path, mode: path != target)  # root may write anywhere
+        with pytest.raises(EngineError, match=r"must be writable, got: Permission denied"), replacing(target, anything):
+            begun.append("read-only")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == target)
+    with pytest.raises(EngineError, match=r"A disk is mounted there: build into a folder"), replacing(target, anything):
+        begun.append("mounted")
+    assert not begun
+    assert tree(target)["text"] == "old"
+    assert names(target.parent) == [target.name]
+
+
+def test_file_that_is_a_device_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Root could replace /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(EngineError, match=r"must be a file to write, got a device or pipe\. Choose another name\."):
+        write_file(tmp_path / "pipe", b"text")
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["pipe"]
 
 
 def test_two_builds_at_once_end_with_a_whole_directory(target: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from tiny_engine import LIMITS, write_engine
 
 from flowcut.aliases import resolve
 from flowcut.arguments import make_parser
-from flowcut.artifacts import read_manifest
+from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.cli import HANDLERS, main
 from flowcut.preprocess import ImageSettings, open_image, pixel_values
 from flowcut.schedule import make_schedule
@@ -142,10 +143,10 @@ def test_a_selector_is_said_everywhere(command: Command) -> None:
 
 def test_a_directory_from_before_there_were_selectors_is_flowcuts(command: Command) -> None:
     command("export", "llava-tiny", "--out", "e")
-    path = Path("e/manifest.json")
-    manifest = json.loads(path.read_text())
-    assert manifest["schedule"].pop("selector") == "flowcut"
-    path.write_text(json.dumps(manifest))
+    manifest = read_manifest(Path("e"))
+    without = {key: value for key, value in manifest.schedule.items() if key != "selector"}
+    assert without != manifest.schedule
+    write_manifest(Path("e"), replace(manifest, schedule=without))
     done = command("run", "e", "--repeats", 1)
     assert done.result["selector"] == "flowcut"
     assert "selector" not in done.text + command("inspect", "e").text
@@ -203,6 +204,30 @@ def test_inspect_lists_differences_and_ends_with_1(command: Command) -> None:
     assert done.code == 1
     assert done.result["ok"] is False
     assert re.fullmatch(r"tokenizer\.json: expected \d+ bytes, got 2", done.result["differences"][0])
+
+
+def test_inspect_check_says_what_was_checked(command: Command) -> None:
+    command("export", "llava-tiny", "--out", "e")
+    done = command("inspect", "e", "--check")
+    assert done.code == 0
+    assert done.result.keys() == documented_keys("inspect") | {"checks"}
+    assert {each["name"]: each["verdict"] for each in done.result["checks"]} == {
+        "manifest.json": "ok",
+        "files": "ok",
+        "GPU": "not applicable here",
+        "onnxruntime": "ok",
+    }
+    assert all(each.keys() == {"name", "verdict", "detail"} for each in done.result["checks"])
+    assert "not applicable here" in done.text
+    assert done.result["manifest"]["command"] in done.text
+    assert fits(done.text)
+    weights = Path("e/vision.onnx.data")
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert command("inspect", "e").code == 0
+    done = command("inspect", "e", "--check")
+    assert (done.code, done.result["ok"]) == (1, False)
+    assert done.result["checks"][1]["verdict"] == "differs"
+    assert [line.split(": ")[0] for line in done.result["differences"]] == ["vision.onnx.data"]
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "static", "masked"])

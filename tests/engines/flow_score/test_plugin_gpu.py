@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import fake_gpu
+import fake_tensorrt
 import numpy as np
 import onnx
 import pytest
@@ -245,9 +246,9 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     gpu = fake_gpu.install(monkeypatch)
     trt, device = sys.modules["tensorrt"], sys.modules["cuda.core"].Device
     monkeypatch.setattr(device, "name", "none", raising=False)
-    vars(trt).update(Logger=Logger, __version__="0", nptype=lambda kind: fake_gpu.NUMPY_DTYPES[kind.name])
+    vars(trt).update(Logger=Logger, __version__="0", nptype=lambda kind: fake_tensorrt.NUMPY_DTYPES[kind.name])
     concrete = lambda self, name: tuple(IMAGES if d < 0 else d for d in self.engine.get_tensor_shape(name))  # noqa: E731
-    monkeypatch.setattr(fake_gpu.Context, "get_tensor_shape", concrete, raising=False)
+    monkeypatch.setattr(fake_tensorrt.Context, "get_tensor_shape", concrete, raising=False)
     return StandIn(gpu, vision, expected)
 
 

@@ -19,11 +19,13 @@ import pytest
 ROOT = Path(__file__).parents[3]
 FILES = (
     *("engines/compiler.py", "engines/profiles.py", "engines/listeners.py", "engines/trt_session.py"),
-    "engines/flow_score/plugin.py",
+    *("engines/cuda_contexts.py", "engines/flow_score/plugin.py"),
 )
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
+    "context": "IExecutionContext",
+    "engine": "ICudaEngine",
     "logger": "ILogger",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
@@ -32,6 +34,10 @@ CLASSES = {
 KNOWN = {
     '"num_compute_capabilities"': "TensorRT-RTX alone has it",
     '"set_compute_capability"': "TensorRT-RTX alone has it",
+    '"create_runtime_cache"': "TensorRT-RTX alone has it",
+    '"set_runtime_cache"': "TensorRT-RTX alone has it",
+    '"cuda_graph_strategy"': "TensorRT-RTX alone has it",
+    '"CudaGraphStrategy"': "TensorRT-RTX alone has it",
     '"get_aliased_input_tensor"': "newer than the stubs",
     'incompatible type "*tuple[tuple[int, ...]': "the bindings make Dims of a tuple; run with TensorRT-RTX",
     '"tuple" has incompatible type "Dims"': "the bindings' Dims can be iterated; run with TensorRT-RTX",
