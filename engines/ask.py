@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from engines.chat import GREEDY, Chat
 from engines.layer_profile import LayerProfile, collect, forget_times
-from engines.memory import MemoryReport
-from engines.pictures import Geometry
-from engines.reading import pruning
-from engines.runtime import Generation, LlavaEngine, Sampling
+from engines.runtime.chat import GREEDY, Chat
+from engines.runtime.engine import Generation, LlavaEngine, Sampling
+from engines.runtime.memory import MemoryReport
+from engines.runtime.pictures import Geometry
+from engines.runtime.reading import pruning
 from flowcut.anyres import choose_tiling, image_slots
 from flowcut.budget import Budget
 from flowcut.chat import ChatTemplate, user

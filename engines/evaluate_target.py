@@ -12,7 +12,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from engines.pipeline import BuildSettings, build_directory
-from engines.runtime import LlavaEngine, Sampling, load_engine
+from engines.runtime.engine import LlavaEngine, Sampling, load_engine
 from flowcut.aliases import Model, resolve
 from flowcut.artifacts import MANIFEST, Manifest, read_manifest
 from flowcut.budget import Budget, make_budget

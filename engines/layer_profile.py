@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engines.model import Model
-from engines.session import LayerTime
+from engines.runtime.model import Model
+from engines.sessions.session import LayerTime
 
 SLOWEST = 10
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.backends import CHOICES, Backend, gpu_present, trt_module
-from engines.cuda_device import CudaDevice, cuda_core, no_gpu
 from engines.options import Options
-from engines.ort_loading import on_cuda
-from engines.ort_session import OrtSession
-from engines.session import Session
-from engines.stages import Chain
-from engines.trt_session import TrtSession
+from engines.sessions.cuda_device import CudaDevice, cuda_core, no_gpu
+from engines.sessions.ort_loading import on_cuda
+from engines.sessions.ort_session import OrtSession
+from engines.sessions.session import Session
+from engines.sessions.stages import Chain
+from engines.sessions.trt_session import TrtSession
 from engines.trust import PREPROCESSOR, TOKENIZER, require_trust
 from engines.widen import NOTE, widened, widened_contract
 from flowcut.artifacts import Manifest, read_manifest
@@ -44,7 +44,7 @@ class Parts:
 
 
 def open_directory(directory: Path, backend: str, options: Options) -> Parts:
-    """Check a directory, then open what is in it. See engines.runtime.load_engine."""
+    """Check a directory, then open what is in it. See engines.runtime.engine.load_engine."""
     manifest = read_manifest(directory)
     chosen = choose_backend(manifest, backend)
     require_trust(directory, manifest, chosen)

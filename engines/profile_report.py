@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines.layer_profile import LayerProfile
-from engines.memory import MemoryReport
+from engines.runtime.memory import MemoryReport
 
 OPS = 8
 """Kinds of nodes that are shown."""

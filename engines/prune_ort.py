@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from rich.progress import Progress
 
 from engines.options import Options
-from engines.ort_session import OrtSession
-from engines.pictures import Geometry
 from engines.pipeline import graph_metadata, save_graph
 from engines.prune_question import Asked
 from engines.prune_result import Floats, Integers, Pruned
-from engines.reading import pruning
-from engines.session import Array, feeds_of
+from engines.runtime.pictures import Geometry
+from engines.runtime.reading import pruning
+from engines.sessions.ort_session import OrtSession
+from engines.sessions.session import Array, feeds_of
 from flowcut.aliases import Model
 from flowcut.anyres import Tiling, image_slots, kept_patches, vision_feeds
 from flowcut.budget import PRUNE_LAYER, Budget

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calib.groups import linear_layers
 from calib.rounding import fp8_scale, round_weight
 from engines.comparison import Led
-from engines.session import Array
+from engines.sessions.session import Array
 from flowcut.checkpoint import Weights
 from flowcut.config import NUMPY_DTYPE, QUANTIZED, LlavaConfig, TextConfig
 from flowcut.contract import GraphContract, cached_layers, hidden_name, past_names, present_names

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.comparison import Led
 from engines.reference import ExportedWeights, TorchLanguage, TorchVision, choose, rounded_step
-from engines.session import Array
+from engines.sessions.session import Array
 from flowcut.anyres import NO_TOKEN, Tiling, patch_places
 from flowcut.budget import PRUNE_LAYER
 from flowcut.config import TextConfig

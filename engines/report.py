@@ -15,7 +15,7 @@ from engines.ask import Answer, Question
 from engines.pipeline import Built
 from engines.profile_report import profiled, remembered
 from engines.prune_result import Outcome, Pruned
-from engines.runtime import LlavaEngine
+from engines.runtime.engine import LlavaEngine
 from engines.trust import Check
 from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from engines.backends import MODULES
-from engines.ort_loading import EXACT
 from engines.profiles import check_tensors
-from engines.session import Array, results_of, state_pairs
+from engines.sessions.ort_loading import EXACT
+from engines.sessions.session import Array, results_of, state_pairs
 from engines.widen import widened
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.deps import require

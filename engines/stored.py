@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engines.comparison import relative_error
-from engines.session import Array
+from engines.sessions.session import Array
 from engines.widen import load_model
 from flowcut.errors import EngineError
 

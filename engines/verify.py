@@ -38,7 +38,7 @@ from engines.comparison import (
 from engines.loading import graph_contracts, graph_precisions
 from engines.numerics import CALIBRATION, Numerics
 from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_steps, sizes_of_feeds
-from engines.session import Array, feeds_of, results_of
+from engines.sessions.session import Array, feeds_of, results_of
 from engines.stored import stored_weights, worst
 from engines.verify_inputs import Prompts, pictures, prompts, tilings, vision_inputs
 from engines.verify_rows import decoder_values, first_finite, kept_problem, same_tokens

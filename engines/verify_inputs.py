@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.runners import Feeds
-from engines.session import Array
+from engines.sessions.session import Array
 from flowcut.anyres import Tiling, choose_tiling, image_slots, vision_feeds
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig

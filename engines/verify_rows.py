@@ -8,7 +8,7 @@ import numpy as np
 
 from engines.comparison import COUNTS, EARLY, KEPT, NOT_RUN, Judge, Row, numbers_problem
 from engines.runners import Feeds
-from engines.session import Array, results_of
+from engines.sessions.session import Array, results_of
 from engines.verify_inputs import Prompts
 from flowcut.budget import PRUNE_LAYER
 from flowcut.contract import GraphContract, TensorSpec

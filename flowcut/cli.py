@@ -143,7 +143,7 @@ def build_settings(arguments: argparse.Namespace) -> BuildSettings:
 
 
 def _run(arguments: argparse.Namespace) -> Result:
-    from engines.sampling import Sampling
+    from engines.runtime.sampling import Sampling
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
     sampling = Sampling(**{name: getattr(arguments, name) for name in names})
@@ -175,7 +175,7 @@ def _ask(
 ) -> Result:
     from engines import report
     from engines.ask import ask
-    from engines.runtime import load_engine
+    from engines.runtime.engine import load_engine
 
     # Without a cache of pictures, each repeat is to see the picture.
     engine = load_engine(directory, backend, threads=threads, picture_cache_mb=0, profile=profile)

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from odd_pictures import Made, pictures
 from PIL import Image
 
-from engines.control import Control
-from engines.runtime import LlavaEngine, Sampling, load_engine
+from engines.runtime.control import Control
+from engines.runtime.engine import LlavaEngine, Sampling, load_engine
 from flowcut.aliases import ASSETS
 from flowcut.config import LlavaConfig
 from flowcut.errors import InputError
@@ -31,6 +31,7 @@ from flowcut.prompt import IMAGE
 from flowcut.tiles import tiled_pixels
 
 HANG_S = 300
+STRIDE = 250
 ALLOWED_BYTES = 3 << 30
 """Beyond what the process has before the first example: each copy of the largest picture takes a third of a GiB."""
 SPECIAL = (IMAGE, "<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<|im_end|>", "ASSISTANT:", "USER: ", "\n", " ", "▁")
@@ -123,13 +124,13 @@ def ask(engine: LlavaEngine, made: Made, prompt: str) -> str:
     return "answered"
 
 
-def each(examples: int, check: Callable[..., str], **strategies: st.SearchStrategy[Any]) -> Counter[str]:
-    """How often what became of an example."""
+def each(first: int, examples: int, check: Callable[..., str], **strategies: st.SearchStrategy[Any]) -> Counter[str]:
+    """How often what became of an example. `first` is the number of the first, and decides all of them."""
     seen = Counter[str]()
 
+    @seed(first)
     @settings(
         max_examples=examples,
-        derandomize=True,
         database=None,
         deadline=None,
         phases=[Phase.generate],
@@ -161,22 +162,26 @@ def main(what: str, examples: int, directory: str = "") -> None:
     raw = tokenizers.Tokenizer.from_file(f"{directory}/tokenizer.json") if directory else None
     faulthandler.enable()
     limit_memory()
-    checks: dict[str, Callable[[int], Counter[str]]] = {
-        "pictures": lambda count: each(count, look, made=pictures()),
-        "prompts": lambda count: each(
+    odd = pictures()
+
+    def some(first: int, count: int) -> Counter[str]:
+        if engine is None:
+            return each(first, count, look, made=odd)
+        if what == "questions":
+            return each(first, count, lambda made, prompt: ask(engine, made, prompt), made=odd, prompt=ANY)
+        return each(
+            first,
             count,
             lambda prompt, more: read(engine, raw, prompt, prompt.count(IMAGE) % 5 + more),
             prompt=prompts(),
             more=st.sampled_from([0, 0, 0, 1]),
-        ),
-        "questions": lambda count: each(
-            count, lambda made, prompt: ask(engine, made, prompt), made=pictures(), prompt=ANY
-        ),
-    }
-    checks[what](examples // 10)  # what Python and the libraries keep
-    before = resident_bytes()
-    seen = checks[what](examples)
-    print(json.dumps({"seen": seen, "grown_bytes": resident_bytes() - before}))
+        )
+
+    seen, grown = Counter[str](), []
+    for first in range(0, examples, STRIDE):  # hypothesis keeps what it has tried
+        seen += some(first, min(STRIDE, examples - first))
+        grown.append(resident_bytes())
+    print(json.dumps({"seen": seen, "resident_bytes": grown}))
 
 
 if __name__ == "__main__":

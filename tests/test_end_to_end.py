@@ -28,7 +28,7 @@ from engines import load_engine
 from engines.ask import Question, ask
 from engines.backends import gpu_present
 from engines.pipeline import BuildSettings, Built, build_directory
-from engines.runtime import LlavaEngine, Sampling
+from engines.runtime.engine import LlavaEngine, Sampling
 from flowcut.aliases import ASSETS, Model, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.deps import available

@@ -15,8 +15,8 @@ from PIL import Image
 from tiny_engine import write_engine
 
 from engines import load_engine
-from engines.chat import Chat
-from engines.runtime import LlavaEngine, Sampling
+from engines.runtime.chat import Chat
+from engines.runtime.engine import LlavaEngine, Sampling
 from flowcut.aliases import ASSETS
 from flowcut.contract import Limits
 from flowcut.preprocess import ImageSettings, pixel_values

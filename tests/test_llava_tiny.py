@@ -20,7 +20,7 @@ from engines.evaluate_score import by_kind, overall
 from engines.evaluate_target import EngineAnswerer, EvalSettings
 from engines.evaluate_torch import Eager, TorchAnswerer
 from engines.pipeline import BuildSettings, build_directory
-from engines.runtime import load_engine
+from engines.runtime.engine import load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.prompt import question_prompt
 from flowcut.schedule import make_schedule

@@ -13,7 +13,7 @@ import pytest
 from tiny_engine import write_engine
 
 from engines.options import Options
-from engines.sampling import Sampling
+from engines.runtime.sampling import Sampling
 from flowcut import errors
 from flowcut.contract import Limits
 

@@ -6,11 +6,11 @@ import numpy as np
 import recipe
 from tiny_engine import LIMITS, TinyEngine
 
-from engines.cuda_device import CudaDevice
 from engines.options import Options
-from engines.ort_session import OrtSession
-from engines.session import Session
-from engines.trt_session import TrtSession
+from engines.sessions.cuda_device import CudaDevice
+from engines.sessions.ort_session import OrtSession
+from engines.sessions.session import Session
+from engines.sessions.trt_session import TrtSession
 from flowcut.contract import GraphContract, language_contract, vision_contract
 
 Feeds = dict[str, np.ndarray]

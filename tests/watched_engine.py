@@ -13,8 +13,8 @@ from PIL import Image
 
 from engines.loading import open_directory
 from engines.options import Options
-from engines.runtime import LlavaEngine
-from engines.session import Feed, Result, Session, State, shape_of
+from engines.runtime.engine import LlavaEngine
+from engines.sessions.session import Feed, Result, Session, State, shape_of
 from flowcut.prompt import question_prompt
 
 PATIENCE_S = 60.0

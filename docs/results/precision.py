@@ -30,7 +30,7 @@ from engines.evaluate_score import Answered, by_kind, overall
 from engines.evaluate_target import AT_ONCE, NEW_TOKENS, EngineAnswerer
 from engines.pipeline import BuildSettings, build_directory
 from engines.progress import terminal_progress
-from engines.runtime import LlavaEngine, load_engine
+from engines.runtime.engine import LlavaEngine, load_engine
 from flowcut.aliases import resolve
 from flowcut.atomic import write_file
 from flowcut.config import Precision

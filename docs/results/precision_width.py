@@ -16,8 +16,8 @@ from calib.calibration import Calibration, smoothed
 from calib.groups import DECODER, decoder_groups
 from calib.inputs import Inputs
 from engines.options import Options
-from engines.ort_session import OrtSession
 from engines.pipeline import save_graph
+from engines.sessions.ort_session import OrtSession
 from engines.widen import widened, widened_contract
 from export.language import language_model
 from flowcut.aliases import Model, resolve

@@ -34,9 +34,9 @@ from rich.progress import Progress
 from runtime_overhead_page import page
 from runtime_overhead_watch import Call, clocked, endless, watched
 
-from engines.memory import cache_bytes, process_bytes
 from engines.pipeline import BuildSettings, build_directory
-from engines.runtime import LlavaEngine, Sampling, load_engine
+from engines.runtime.engine import LlavaEngine, Sampling, load_engine
+from engines.runtime.memory import cache_bytes, process_bytes
 from flowcut.atomic import write_file
 from flowcut.cli import SCENE
 from flowcut.prompt import question_prompt
@@ -213,7 +213,7 @@ def profiled(directory: Path, threads: int, last: int) -> tuple[list[float], lis
     engine.model.language.forget_times()
     with watched(engine) as calls:
         long_answer(engine, last)
-    with patch("engines.ort_session.layer_times", lambda _, runs: runs):  # the runs themselves, not their sums
+    with patch("engines.sessions.ort_session.layer_times", lambda _, runs: runs):  # the runs themselves, not their sums
         runs: Any = engine.model.language.layer_times()
     nodes: dict[tuple[bool, str], list[tuple[int | None, float]]] = {}
     for call, run in zip(calls, runs, strict=True):
@@ -274,7 +274,7 @@ def memory(directory: Path, threads: int, steps: int = STEPS, every: int = 100) 
 LOAD = """
 import sys, time
 start = time.perf_counter()
-from engines.runtime import load_engine
+from engines.runtime.engine import load_engine
 imported = time.perf_counter()
 load_engine(sys.argv[1], "ort", threads=int(sys.argv[2]))
 print(imported - start, time.perf_counter() - imported)

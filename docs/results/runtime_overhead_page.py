@@ -137,7 +137,7 @@ def start_page(sections: Sequence[Section]) -> Iterator[str]:
         for name, what, bound in (
             ("help", "`flowcut --help`, the whole process", HELP_S),
             ("process", "a process that loads llava-tiny and ends", None),
-            ("import", "in it, `import engines.runtime`", None),
+            ("import", "in it, `import engines.runtime.engine`", None),
             ("load", "in it, `load_engine`", LOAD_S),
         ):
             found = section[name]

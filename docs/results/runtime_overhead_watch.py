@@ -10,9 +10,9 @@ from time import perf_counter
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from engines import reading
-from engines.runtime import LlavaEngine, load_engine
-from engines.session import Result
+from engines.runtime import reading
+from engines.runtime.engine import LlavaEngine, load_engine
+from engines.sessions.session import Result
 from flowcut.prompt import Tokenizer
 
 

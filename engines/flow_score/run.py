@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.cuda_device import cuda_core, no_gpu
 from engines.flow_score.interpreter import Interpreter
 from engines.flow_score.launch import (
     COMBINE,
@@ -19,6 +18,7 @@ from engines.flow_score.launch import (
     Call,
     Variant,
 )
+from engines.sessions.cuda_device import cuda_core, no_gpu
 from flowcut.deps import require
 from flowcut.errors import EngineError, FlowCutError
 

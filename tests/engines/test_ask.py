@@ -13,7 +13,7 @@ from PIL import Image
 from engines import ask as module
 from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
 from engines.options import Options
-from engines.runtime import Generation, LlavaEngine, Sampling
+from engines.runtime.engine import Generation, LlavaEngine, Sampling
 from flowcut.chat import ChatTemplate, default_template
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError, InputError

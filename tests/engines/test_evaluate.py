@@ -19,7 +19,7 @@ from engines.evaluate import Page, ask, evaluate, make_pages
 from engines.evaluate_report import evaluated
 from engines.evaluate_target import NEW_TOKENS, EngineAnswerer, EvalSettings
 from engines.evaluate_torch import Eager, TorchAnswerer, pictures_at_once, shared
-from engines.runtime import load_engine
+from engines.runtime.engine import load_engine
 from flowcut.aliases import Model, resolve
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits

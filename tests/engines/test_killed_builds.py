@@ -17,7 +17,7 @@ from faults import FAULTS
 from rich.progress import Progress
 
 from engines import pipeline
-from engines.runtime import load_engine
+from engines.runtime.engine import load_engine
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.deps import available
 from flowcut.errors import EngineError

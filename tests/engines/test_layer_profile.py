@@ -13,8 +13,8 @@ from tiny_engine import TinyEngine, write_engine
 from engines.ask import Question, ask
 from engines.layer_profile import collect, layer_profile
 from engines.profile_report import OPS, profiled
-from engines.runtime import load_engine
-from engines.session import LayerTime
+from engines.runtime.engine import load_engine
+from engines.sessions.session import LayerTime
 from flowcut.cli import SCENE, main
 
 TIMES = [

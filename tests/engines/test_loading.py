@@ -16,9 +16,9 @@ from tiny_engine import TinyEngine, write_engine
 
 from engines import load_engine, loading
 from engines.options import Options
-from engines.ort_session import OrtSession
-from engines.runtime import Sampling
-from engines.stages import Chain
+from engines.runtime.engine import Sampling
+from engines.sessions.ort_session import OrtSession
+from engines.sessions.stages import Chain
 from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.errors import EngineError
 from flowcut.prompt import question_prompt

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from engines import pipeline
 from engines.build import BuildReport
 from engines.pipeline import BuildSettings, Built, build_directory
-from engines.runtime import Sampling, load_engine
+from engines.runtime.engine import Sampling, load_engine
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.chat import default_template

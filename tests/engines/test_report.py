@@ -15,7 +15,7 @@ from tiny_engine import write_engine
 from engines import load_engine, report
 from engines.ask import STAGES, Answer, Question, Summary, ask
 from engines.prune_result import Outcome, Pruned
-from engines.runtime import Generation
+from engines.runtime.engine import Generation
 from flowcut.aliases import ASSETS
 from flowcut.artifacts import read_manifest
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig

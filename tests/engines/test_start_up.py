@@ -40,7 +40,7 @@ def test_help_and_refusals_import_nothing_but_the_grammar(arguments: list[str]) 
 
 def test_loading_and_answering_import_what_they_need_and_nothing_else(tiny: TinyEngine) -> None:
     code = (
-        "from engines.runtime import Sampling, load_engine\n"
+        "from engines.runtime.engine import Sampling, load_engine\n"
         'engine = load_engine(sys.argv[1], "ort", threads=1)\n'
         'engine.generate([], "What is it?", Sampling(max_new_tokens=2))\n'
     )

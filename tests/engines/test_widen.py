@@ -15,7 +15,7 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines import widen as module
 from engines.options import Options
-from engines.ort_session import OrtSession
+from engines.sessions.ort_session import OrtSession
 from engines.widen import widened, widened_contract
 from flowcut.config import Precision
 from flowcut.contract import GraphContract, language_contract, vision_contract

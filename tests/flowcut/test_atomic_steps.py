@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_refusals import environment
 
 HERE = Path(__file__).parents[1]
 RACE = """
@@ -44,7 +45,8 @@ print(json.dumps(wrong))
 
 def python(*arguments: object) -> Any:
     """The JSON that a process prints."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=HERE, capture_output=True, text=True, check=False)
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=HERE, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

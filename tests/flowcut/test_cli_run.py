@@ -12,8 +12,8 @@ import pytest
 from tiny_engine import write_engine
 
 from engines import load_engine
-from engines.chat import Chat
-from engines.runtime import Sampling
+from engines.runtime.chat import Chat
+from engines.runtime.engine import Sampling
 from flowcut.cli import SCENE, main
 from flowcut.contract import Limits
 from flowcut.prompt import question_prompt

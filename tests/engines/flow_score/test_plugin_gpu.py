@@ -34,7 +34,7 @@ from engines.flow_score.launch import DTYPES
 from engines.flow_score.nodes import plugin_model
 from engines.flow_score.plugin import NAMESPACE
 from engines.flow_score.run import ptx_launch
-from engines.ort_session import OrtSession
+from engines.sessions.ort_session import OrtSession
 from export.builder import save
 from export.vision import vision_model
 from flowcut.aliases import resolve

@@ -18,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 FILES = (
-    *("engines/compiler.py", "engines/profiles.py", "engines/listeners.py", "engines/trt_session.py"),
-    *("engines/cuda_contexts.py", "engines/flow_score/plugin.py"),
+    *("engines/compiler.py", "engines/profiles.py", "engines/listeners.py", "engines/sessions/trt_session.py"),
+    *("engines/sessions/cuda_contexts.py", "engines/flow_score/plugin.py"),
 )
 CLASSES = {
     "builder": "Builder",
