@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from engines.layer_profile import LayerProfile, collect, forget_times
-from engines.runtime.chat import GREEDY, Chat
-from engines.runtime.engine import Generation, LlavaEngine, Sampling
+from engines.runtime.chat import Chat
+from engines.runtime.engine import Generation, LlavaEngine
 from engines.runtime.memory import MemoryReport
 from engines.runtime.pictures import Geometry
 from engines.runtime.reading import pruning
+from engines.runtime.sampling import GREEDY, Sampling
 from flowcut.anyres import choose_tiling, image_slots
 from flowcut.budget import Budget
 from flowcut.chat import ChatTemplate, user
@@ -192,13 +194,14 @@ def _conversation(engine: LlavaEngine, question: Question, sampling: Sampling) -
 def _shown(
     engine: LlavaEngine, images: list[Path], prompt: str, sampling: Sampling, show: Callable[[str], None]
 ) -> Generation:
-    chunks = engine.stream(images, prompt, sampling)
-    while True:
-        try:
-            show(next(chunks).text)
-        except StopIteration as end:
-            answer: Generation = end.value
-            return answer
+    with closing(engine.stream(images, prompt, sampling)) as chunks:
+        while True:
+            try:
+                chunk = next(chunks)
+            except StopIteration as end:
+                answer: Generation = end.value
+                return answer
+            show(chunk.text)
 
 
 def _summary(runs: Sequence[Generation]) -> dict[str, Summary]:

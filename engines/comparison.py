@@ -16,6 +16,7 @@ from rich.text import Text
 
 from flowcut.anyres import NO_TOKEN
 from flowcut.contract import exchange_dtype
+from flowcut.printable import printable
 
 Array = NDArray[Any]
 OK, TIE, FAILED, NOT_RUN = "ok", "tie", "FAILED", "not run"
@@ -310,7 +311,7 @@ def print_report(console: Console, report: Report) -> None:
     eyes = "" if report.vision_precision == report.precision else f", vision {report.vision_precision}"
     note = f" ({report.note})" if report.note else ""
     title = f"{report.directory}: {report.model}, {report.precision}{eyes}{note}"
-    console.print(Text(title))  # not the table's own, which would wrap at its width
+    console.print(Text(printable(title)))  # not the table's own, which would wrap at its width
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("graph", "runner", "against", "output", "error", "allowed", "verdict"):
         table.add_column(column, justify="right" if column in ("error", "allowed") else "left", no_wrap=True)
@@ -323,7 +324,7 @@ def print_report(console: Console, report: Report) -> None:
     for r in report.rows:
         if r.detail and r.verdict != OK:
             what = f"{r.graph}, {r.runner}, {r.output}: {r.verdict}: {r.detail}"
-            console.print(Text(what, styles.get(r.verdict, "")))
+            console.print(Text(printable(what), styles.get(r.verdict, "")))
     console.print(f"Errors are max|a-b| / max|b|, those of kept relative score gaps. Inputs: {report.inputs}.")
     missing = sorted(set(report.graphs) - report.compared)
     if missing:

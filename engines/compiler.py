@@ -88,7 +88,7 @@ def compile_engine(request: BuildRequest, notify: Notify) -> BuildReport:
         weight_bytes=weight_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         # An error that did not stop the build still has to be seen.
-        warnings=tuple(session.log.warnings + session.log.errors),
+        warnings=(*session.log.warnings, *session.log.errors),
     )
 
 

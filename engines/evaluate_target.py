@@ -14,11 +14,12 @@ from rich.progress import Progress
 from engines.pipeline import BuildSettings, build_directory
 from engines.runtime.engine import LlavaEngine, Sampling, load_engine
 from flowcut.aliases import Model, resolve
-from flowcut.artifacts import MANIFEST, Manifest, read_manifest
+from flowcut.artifacts import Manifest, read_manifest
 from flowcut.budget import Budget, make_budget
 from flowcut.config import LlavaConfig, Precision
 from flowcut.deps import require
 from flowcut.errors import ConfigError
+from flowcut.integrity import MANIFEST
 from flowcut.prompt import question_prompt
 from flowcut.schedule import Schedule, check_fixed_shapes, default_schedule, make_schedule
 from flowcut.selector import selector_name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -20,16 +21,18 @@ Notify = Callable[..., None]
 UNUSED = re.compile(r"Unused Input: (\S+)")
 # Said of every int64 input and output.
 HARMLESS = re.compile(r"has Int64 binding|A node named .* already exists")
+# Messages that are kept of each kind, the last ones: a session's log is as old as its process.
+KEPT = 16
 # Follows any failure on a machine without a GPU.
 NOISE = re.compile(r"CUDA driver version is insufficient")
 
 
 @dataclass
 class BuildLog:
-    """What the parser and the builder said."""
+    """What the parser and the builder said, or the runtime."""
 
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    errors: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT))
+    warnings: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT))
     unused_inputs: set[str] = field(default_factory=set)
 
     def add(self, level: int, text: str) -> int:
@@ -48,8 +51,15 @@ class BuildLog:
 
     def reasons(self) -> str:
         """The errors on one line, without those that merely follow from having no GPU."""
-        telling = [e.rstrip(".") for e in self.errors if not NOISE.search(e)]
-        return "; ".join(telling or self.errors) or "no reason was logged"
+        errors = list(self.errors)  # other threads may be adding to it
+        telling = [e.rstrip(".") for e in errors if not NOISE.search(e)]
+        return "; ".join(telling or errors) or "no reason was logged"
+
+    def take(self) -> str:
+        """The reasons of one failure, which the next one is not to repeat."""
+        reasons = self.reasons()
+        self.errors.clear()
+        return reasons
 
 
 class Channel:

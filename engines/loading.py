@@ -44,7 +44,28 @@ class Parts:
 
 
 def open_directory(directory: Path, backend: str, options: Options) -> Parts:
-    """Check a directory, then open what is in it. See engines.runtime.engine.load_engine."""
+    """Check a directory, then open what is in it. See engines.runtime.engine.load_engine.
+
+    Raises:
+        EngineError: it differs from what was built, does not fit this machine, or another took its place meanwhile.
+    """
+    before = _which(directory)
+    parts = _open(directory, backend, options)
+    if _which(directory) != before:  # files were checked in one directory and opened in another
+        raise EngineError(f"{directory} was replaced while it was being loaded. Load it again.")
+    return parts
+
+
+def _which(directory: Path) -> tuple[int, int] | None:
+    """What tells a directory from one in its place; None where there is none."""
+    try:
+        status = directory.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _open(directory: Path, backend: str, options: Options) -> Parts:
     manifest = read_manifest(directory)
     chosen = choose_backend(manifest, backend)
     require_trust(directory, manifest, chosen)

@@ -23,7 +23,8 @@ class Options:
         exact: on the CPU, multiply int8 and int4 weights by activations as they are, as TensorRT does. ONNX Runtime
             rounds these to int8 too, unless told not to, and is several times as fast.
         concurrency: requests that have their KV cache at once; on a GPU all of their memory is allocated when the
-            engine is loaded. Two overlap the copies of the next with the work of the present.
+            engine is loaded, but for the contexts and CUDA graphs of decode steps: the first two steps of each batch
+            size in each place make them. Two overlap the copies of the next with the work of the present.
         waiting: requests that may wait for one of these to end; one more is refused with QueueFull.
         picture_cache_mb: for visual tokens of pictures already seen, in MB of 10**6 bytes, so that a second question
             about a picture does not run vision; 0 turns it off.

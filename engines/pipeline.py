@@ -35,14 +35,13 @@ from flowcut.anyres import image_slots
 from flowcut.artifacts import (
     Manifest,
     check_replaceable,
-    check_space,
     installed_versions,
     publish,
     read_manifest,
     timestamp,
     write_manifest,
 )
-from flowcut.atomic import remove_leftovers
+from flowcut.atomic import check_space, remove_leftovers
 from flowcut.budget import Budget, make_budget
 from flowcut.chat import FILE, ChatTemplate, make_template, read_template
 from flowcut.config import LlavaConfig, Precision
@@ -127,6 +126,7 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
         ConfigError, CheckpointError: a setting or checkpoint that does not fit.
         EngineError: the compiler, the disk or the target directory.
     """
+    remove_leftovers(settings.out or settings.out_root / "any")  # first, as it may bring back what stood there
     backend = resolve_backend(settings.backend)
     check_build(backend, settings.compute_capabilities)
     precisions = {settings.precision, settings.vision_precision or settings.precision}
@@ -149,7 +149,6 @@ def build_directory(settings: BuildSettings, progress: Progress, check: Check | 
     image_settings = ImageSettings.from_directory(model.files, config.vision.image_size, config.grid_pinpoints)
     name = _directory_name(model.name, budget.label(config), schedule.selector, settings.precision, backend)
     target = settings.out or settings.out_root / name
-    remove_leftovers(target)
     check_replaceable(target)
     needed = weight_bytes(config, numerics)
     check_space(target, needed + SETTINGS_BYTES + (0 if backend == "ort" else needed + CODE_BYTES))

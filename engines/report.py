@@ -21,6 +21,7 @@ from flowcut.anyres import choose_tiling
 from flowcut.artifacts import Manifest
 from flowcut.config import LlavaConfig
 from flowcut.contract import pruned_limit
+from flowcut.printable import printable
 from flowcut.selector import FLOWCUT, selector_note
 
 LIBRARIES = {"ort": "ONNX Runtime", "rtx": "TensorRT-RTX", "trt": "TensorRT"}
@@ -159,9 +160,9 @@ def inspected(console: Console, directory: Path, manifest: Manifest) -> None:
     _heading(console, str(directory))
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     for name, record in sorted(manifest.files.items()):
-        table.add_row(name, _size(record.bytes))
+        table.add_row(printable(name), _size(record.bytes))
     console.print(table)
     if manifest.command:
         _field(console, "command", manifest.command)
@@ -174,7 +175,7 @@ def checked(console: Console, checks: Sequence[Check]) -> None:
     _heading(console, "\nchecks")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for each in checks:
-        table.add_row(each.name, each.verdict, each.detail)
+        table.add_row(each.name, each.verdict, printable(each.detail))
     console.print(table)
 
 
@@ -206,12 +207,12 @@ def _compiled(stage: str, result: Built) -> str:
 
 
 def _heading(console: Console, text: str) -> None:
-    console.print(Text(text, "bold"), soft_wrap=True)
+    console.print(Text(printable(text, keep="\n"), "bold"), soft_wrap=True)
 
 
 def _field(console: Console, name: str, value: str) -> None:
     """Not wrapped, so that a path can be copied."""
-    console.print(Text.assemble((f"{name:<9}", "bold"), value), soft_wrap=True)
+    console.print(Text.assemble((f"{name:<9}", "bold"), printable(value)), soft_wrap=True)
 
 
 def _table(first: str, *numbers: str) -> Table:
@@ -237,7 +238,8 @@ def _size(count: int) -> str:
 def _say_note(console: Console, manifest: Manifest) -> None:
     if manifest.note:
         random = "random weights" in manifest.note
-        console.print(f"{manifest.note}: answers {'and kept patches ' if random else ''}mean nothing, timings do.")
+        what = f"answers {'and kept patches ' if random else ''}mean nothing, timings do."
+        console.print(f"{printable(manifest.note)}: {what}")
 
 
 def _visual_tokens(manifest: Manifest) -> str:

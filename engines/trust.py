@@ -6,12 +6,15 @@ Asked before any library sees a file of it: a plan is executable code.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from engines.backends import MODULES, Backend, gpu_sm, target_capabilities, trt_module
+from engines.sessions.ort_loading import on_cuda
 from flowcut.artifacts import Manifest, check_files, what_differs
 from flowcut.deps import require
 from flowcut.errors import EngineError, FlowCutError
@@ -47,10 +50,12 @@ def require_trust(directory: Path, manifest: Manifest, backend: Backend) -> None
         raise EngineError(what_differs(directory, manifest, lines))
 
 
-def check_content(directory: Path, manifest: Manifest, backend: Backend, hashes: bool = True) -> list[str]:
+def check_content(directory: Path, manifest: Manifest, backend: Backend) -> list[str]:
     """How the files differ from the manifest, and the manifest from what `backend` needs, one line each."""
-    lines = [f"{name}: not in the manifest" for name in _needed(manifest, backend) if name not in manifest.files]
-    return sorted({*lines, *check_files(directory, manifest, hashes)})
+    lines = check_files(directory, manifest)
+    said = {line.partition(": ")[0] for line in lines}  # of a file that is there and not listed too
+    unlisted = [name for name in _needed(manifest, backend) if name not in manifest.files.keys() | said]
+    return sorted([*lines, *(f"{name}: neither in the manifest nor there" for name in unlisted)])
 
 
 def checks_here(manifest: Manifest, backend: Backend, why_not: str = "") -> list[Check]:
@@ -61,11 +66,11 @@ def checks_here(manifest: Manifest, backend: Backend, why_not: str = "") -> list
     """
     if backend != "ort":
         return [_library(manifest, backend), _gpu(manifest, backend), _unused("onnxruntime", f"{backend} runs it")]
-    own = manifest.backend
+    own, runs = manifest.backend, _onnx_checks(manifest)
     if own == "ort":
-        return [_unused("GPU", "nothing in it is compiled"), _onnxruntime()]
+        return [_unused("GPU", "nothing in it is compiled"), *runs]
     reason = why_not or "ONNX Runtime runs it"
-    return [_unused(MODULES[own], reason), _unused("GPU", reason), _onnxruntime()]
+    return [_unused(MODULES[own], reason), _unused("GPU", reason), *runs]
 
 
 def _needed(manifest: Manifest, backend: Backend) -> Iterable[str]:
@@ -101,7 +106,12 @@ def _command_for(command: str, target: str) -> str:
     """For this GPU too where it can be named, else for those of the default."""
     if target in target_capabilities(trt_module("rtx")):
         return f"{command} --compute-capability {target}"
-    return re.sub(r" --compute-capability \w+", "", command)
+    option = "--compute-capability"
+    with suppress(ValueError):  # quotes that do not close: no build wrote it
+        words = shlex.split(command)
+        pairs = zip(["", *words], words, strict=False)
+        return shlex.join(word for before, word in pairs if option not in (before, word))
+    return command
 
 
 def _runs_on(target: str, sm: int) -> bool:
@@ -111,13 +121,33 @@ def _runs_on(target: str, sm: int) -> bool:
     return sm == least or (target.endswith(" and later") and sm > least >= 0)
 
 
+def _onnx_checks(manifest: Manifest) -> list[Check]:
+    """ONNX Runtime, and what it takes to give it a bf16 graph on a CPU."""
+    checks = [_onnxruntime()]
+    if checks[0].verdict == "ok" and "bf16" in (manifest.precision, manifest.vision_precision) and not on_cuda():
+        checks.append(_onnx_ir())
+    return checks
+
+
+def _onnx_ir() -> Check:
+    name = "onnx_ir"
+    try:
+        require(name, extra="export")
+    except FlowCutError as error:
+        return _absent(name, error)
+    return Check(name, "ok", "is there, to widen bf16 to float32 for a CPU")
+
+
+def _absent(name: str, error: FlowCutError) -> Check:
+    return Check(name, "differs", str(error).removeprefix(f"{name} ").removesuffix("."))
+
+
 def _onnxruntime() -> Check:
     name, least = "onnxruntime", ".".join(map(str, OLDEST_ONNXRUNTIME))
     try:
         here = str(require(name, extra="cpu").__version__)
     except FlowCutError as error:
-        what, _, remedy = str(error).removeprefix(f"{name} ").partition(". ")
-        return Check(name, "differs", what, remedy)
+        return _absent(name, error)
     if tuple(int(part) for part in re.findall(r"\d+", here)[:2]) < OLDEST_ONNXRUNTIME:
         return Check(name, "differs", f"must be at least {least}, got {here}", "Install a later one.")
     return Check(name, "ok", f"is {here}, at least {least}")

@@ -40,6 +40,7 @@ from engines.numerics import CALIBRATION, Numerics
 from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_steps, sizes_of_feeds
 from engines.sessions.session import Array, feeds_of, results_of
 from engines.stored import stored_weights, worst
+from engines.trust import checks_here
 from engines.verify_inputs import Prompts, pictures, prompts, tilings, vision_inputs
 from engines.verify_rows import decoder_values, first_finite, kept_problem, same_tokens
 from engines.widen import NOTE, widened_contract
@@ -248,6 +249,7 @@ class _Verification:
             why_not = why_not or "the directory was changed, and an engine is executable code"
         if bf16 and graph != "vision":
             why_not = why_not or "its cache is bf16, which numpy has not"
+        why_not = why_not or _unfit(self.manifest)
         if why_not:
             self.rows.append(Row(graph, "onnxruntime", MODULES[backend], "all", NOT_RUN, detail=why_not))
         else:
@@ -273,6 +275,15 @@ class _Verification:
         problems = [f"{k} must be {v!r}, got {got.get(k)!r}" for k, v in expected.items() if got.get(k) != v]
         verdict = FAILED if problems else OK
         self.rows.append(Row(graph, "manifest", "onnxruntime", "metadata", verdict, detail="; ".join(problems)))
+
+
+def _unfit(manifest: Manifest) -> str:
+    """Why the plans may not be opened here: another version or GPU, or no library; empty where they may."""
+    try:
+        checks = checks_here(manifest, manifest.backend)
+    except FlowCutError as error:
+        return str(error)
+    return next((str(check) for check in checks if check.verdict == "differs"), "")
 
 
 def _pairs(

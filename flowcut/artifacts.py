@@ -11,26 +11,37 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import flowcut
-from flowcut.atomic import check_space as check_space
 from flowcut.atomic import replacing
 from flowcut.budget import Budget, check_budget
 from flowcut.config import LlavaConfig, Precision
 from flowcut.contract import Limits, stage_names
 from flowcut.errors import ConfigError, EngineError
-from flowcut.integrity import MANIFEST as MANIFEST
-from flowcut.integrity import FileRecord as FileRecord
-from flowcut.integrity import NotPlain, check_name, differences, files_in, open_plain, record_files
+from flowcut.integrity import (
+    MANIFEST,
+    FileRecord,
+    NotPlain,
+    check_name,
+    differences,
+    files_in,
+    open_plain,
+    record_files,
+)
+from flowcut.printable import printable
+from flowcut.schedule import Schedule
 
 SCHEMA = 4
 MOST_BYTES = 1 << 20
 """Of a manifest, which has a few thousand."""
 MOST_NAMED = 5
 """Differences in one message."""
+_BEYOND = "a number or a depth that no build writes"
+_CALIBRATION = {"sha256": str, "pictures": int}
 _DISTRIBUTIONS = (
     *("numpy", "tokenizers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt-rtx-cu13", "tensorrt-cu13", "torch"),
@@ -85,6 +96,11 @@ class Manifest:
         if self.llm_tokens is not None and self.llm_tokens < 1:
             raise ConfigError(f"llm_tokens must be at least 1 or null, got {self.llm_tokens}.")
         check_budget(self.geometry, self.budget)
+        Schedule.from_dict(self.schedule)
+        if self.calibration and {k: type(v) for k, v in self.calibration.items()} != _CALIBRATION:
+            raise ConfigError(
+                f"calibration must be empty or have {' and '.join(_CALIBRATION)}, got {dict(self.calibration)!r}."
+            )
         if not 1 <= self.stages <= self.geometry.text.num_hidden_layers:
             raise ConfigError(f"stages must be in 1..{self.geometry.text.num_hidden_layers}, got {self.stages}.")
         if (self.backend == "ort") == bool(self.compute_capabilities):
@@ -139,6 +155,8 @@ class Manifest:
             manifest: Manifest = _decode(Manifest, data, "")
         except ConfigError as error:
             raise EngineError(str(error)) from None
+        except (ArithmeticError, ValueError, RecursionError):
+            raise _not_as_written(_BEYOND) from None
         return manifest
 
 
@@ -226,7 +244,9 @@ def check_replaceable(target: Path) -> None:
     if not {"schema", "files"} <= data.keys() or not isinstance(data["files"], dict):
         raise EngineError(f"{target} must be empty or an engine directory, got neither. {remedy}")
     if foreign := sorted(files_in(target).keys() - data["files"].keys()):
-        raise EngineError(f"{target} must hold only what a build wrote, got also {', '.join(foreign)}. {remedy}")
+        raise EngineError(
+            f"{target} must hold only what a build wrote, got also {', '.join(map(printable, foreign))}. {remedy}"
+        )
 
 
 def _content(path: Path) -> bytes:
@@ -241,12 +261,18 @@ def _check_seal(manifest: Manifest, content: bytes) -> None:
     """Raise EngineError unless `content` is the canonical text of `manifest`, whose hash is the one it names."""
     try:
         canonical, digest = manifest.to_json().encode("ascii"), manifest.digest()
-    except ValueError:  # infinity
-        canonical, digest = b"", ""
+    except (ValueError, RecursionError):  # infinity is a ValueError
+        raise _not_as_written(_BEYOND) from None
     if content != canonical:
-        raise EngineError("content must be as it was written, byte for byte, got other text. Build it again.")
+        lines = zip_longest(content.split(b"\n"), canonical.split(b"\n"))
+        number = next(i for i, (got, expected) in enumerate(lines, 1) if got != expected)
+        raise _not_as_written(f"other text from line {number} on")
     if manifest.sha256 != digest:
         raise EngineError(f"sha256 must be {digest}, its own, got {manifest.sha256!r}: it was changed. Build it again.")
+
+
+def _not_as_written(got: str) -> EngineError:
+    return EngineError(f"content must be as it was written, byte for byte, got {got}. Build it again.")
 
 
 def _load(text: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from flowcut.errors import EngineError
@@ -78,7 +78,11 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     with _write_errors(target):
         check(target)
         _check_movable(target)
-        with _folders(target.parent), _hidden(target, Path.mkdir) as partial:
+        with ExitStack() as stack:
+            try:
+                partial = _begin(target, stack)
+            except FileNotFoundError:  # a build that failed took away the folder, which it had made
+                partial = _begin(target, stack)
             yield partial
             _sync(partial)
             with _locked(target.parent):
@@ -118,6 +122,12 @@ def _check_movable(target: Path) -> None:
         raise OSError(errno.EACCES, "", str(target))
 
 
+def _begin(target: Path, stack: ExitStack) -> Path:
+    """The hidden directory, in a folder that is made if need be."""
+    stack.enter_context(_folders(target.parent))
+    return stack.enter_context(_hidden(target, Path.mkdir))
+
+
 @contextmanager
 def _folders(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; those that nothing is in at the end go again."""
@@ -138,13 +148,16 @@ def _hidden(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
     """What `make` makes under a name beside `target`, which is gone at the end, whatever is there by then."""
     partial, lock = _sibling(target), -1
     try:
-        with _locked(target.parent):  # else another's cleaning could come before the lock
-            _clean(target.parent)
-            make(partial)
-            lock = _lock(partial)
-        yield partial
-    finally:
-        _remove(partial)  # after a swap this is the old directory
+        try:
+            with _locked(target.parent):  # else another's cleaning could come before the lock
+                _clean(target.parent)
+                make(partial)
+                lock = _lock(partial)
+            yield partial
+        finally:
+            _remove(partial)  # after a swap this is the old directory
+    finally:  # once more, as Ctrl-C may have come in the midst of that
+        _remove_or_warn(partial)
         if lock >= 0:
             os.close(lock)
 
@@ -208,19 +221,22 @@ def _clean_one(path: Path, target: Path) -> None:
         except OSError as error:  # a file system without locks
             LOG.warning("%s: left by a killed build, or a living one's (%s). Remove it if none is.", path, error)
             return
-        _remove(path)
+        _remove_or_warn(path)
+
+
+def _remove_or_warn(path: Path) -> None:
+    _remove(path)
+    if os.path.lexists(path):
+        LOG.warning("%s: left by a build, and could not be removed. Remove it.", path)
 
 
 def _remove(path: Path) -> None:
-    """A file, or a directory with all in it; Ctrl-C waits for it."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    try:
+    """A file, or a directory with all in it, as far as the disk lets us."""
+    if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _sibling(target: Path) -> Path:
@@ -262,11 +278,20 @@ def _write_errors(target: Path) -> Iterator[None]:
         # numpy's tofile reports a full disk without an errno.
         code = error.errno or (errno.ENOSPC if _free(target) < _NOTHING else 0)
         where = str(error.filename or target)
-        if code not in _REMEDIES or not (target.is_relative_to(where) or where.startswith(str(target.parent))):
+        if code not in _REMEDIES or not _ours(Path(where), target):
             raise
         raise EngineError(
             f"{where} must be writable, got: {os.strerror(code)} ({_megabytes(_free(target))} free). " + _REMEDIES[code]
         ) from error
+
+
+def _ours(path: Path, target: Path) -> bool:
+    """Above the target, at or in it, or in a hidden directory of its. A checkpoint beside it is not."""
+    if not path.is_relative_to(target.parent):
+        return target.is_relative_to(path)
+    name, *_ = *path.relative_to(target.parent).parts, target.name
+    match = _LEFTOVER.fullmatch(name)
+    return (match[1] if match else name) == target.name
 
 
 def _free(path: Path) -> int:
@@ -278,10 +303,14 @@ def _free(path: Path) -> int:
 
 def _sync(directory: Path) -> None:
     """What is in files before their names: a power cut keeps what was on the disk, in no other order."""
-    for folder, _, names in os.walk(directory):
+    for folder, _, names in os.walk(directory, onerror=_raise):
         for name in names:
             _sync_file(Path(folder) / name)
         _sync_folder(Path(folder))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sync_file(path: Path) -> None:

@@ -2,13 +2,14 @@
 
 A message is {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}, as
 transformers has it. Templates are rendered with transformers' settings, in Jinja's sandbox: they come with checkpoints.
-That keeps them from files and from the interpreter; against templates that never end there are limits on what is
-written and counted, which is as far as Jinja allows.
+That keeps them from files and from the interpreter. What they write, count, and make with operators is limited, which
+stops mistakes; but neither time nor memory is bounded against every template, as Jinja has more ways to take them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,6 +46,8 @@ _LONGEST = 256 * 1024
 """Characters of a template, and of what it writes."""
 _COUNTED = 10_000
 """What its ranges may add up to."""
+_WIDTH = re.compile(r"(?:[%)][#0 +-]*|[.])(\d+)")
+"""In a text that % formats, or its precision."""
 _PROBE = "flowcut-probe"
 
 
@@ -222,13 +225,12 @@ def _environment() -> jinja2.Environment:
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
-        """Refuses products and powers that would take much memory."""
+        """Refuses results of operators that would take much memory."""
 
-        intercepted_binops = frozenset(("*", "**"))
+        intercepted_binops = frozenset(("*", "**", "+", "%"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
-            if (operator == "*" and sizes[0] * sizes[1] > _LONGEST) or (operator == "**" and max(sizes) > 64):
+            if _is_too_large(operator, left, right):
                 raise OverflowError(f"a result of {operator} that is too large")
             return super().call_binop(context, operator, left, right)
 
@@ -236,6 +238,26 @@ def _environment() -> jinja2.Environment:
     made.filters["tojson"] = _tojson
     made.globals |= {"raise_exception": _refuse, "strftime_now": lambda style: datetime.now().strftime(style)}
     return made
+
+
+def _is_too_large(operator: str, left: Any, right: Any) -> bool:
+    if operator == "**":
+        return max(_size(left), _size(right)) > 64
+    if operator == "*":
+        return _size(left) * _size(right) > _LONGEST
+    if operator == "%" and isinstance(left, str):  # it formats: widths stand in the text or, for *, beside it
+        beside = right if isinstance(right, tuple) else (right,)
+        counted = [each for each in beside if "*" in left or _has_length(each)]
+        return sum(map(_size, (left, *counted, *map(int, _WIDTH.findall(left))))) > _LONGEST
+    return _has_length(left) and _has_length(right) and len(left) + len(right) > _LONGEST
+
+
+def _size(value: Any) -> float:
+    return len(value) if _has_length(value) else abs(value)
+
+
+def _has_length(value: Any) -> bool:
+    return hasattr(value, "__len__")
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:

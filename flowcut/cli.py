@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flowcut.arguments import make_parser
 from flowcut.arguments_run import QUESTION
 from flowcut.errors import FlowCutError
+from flowcut.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +86,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _complain(message: str) -> None:
-    print(f"flowcut: {' '.join(message.split())}", file=sys.stderr)
+    print(f"flowcut: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def _engine(arguments: argparse.Namespace) -> Result:
@@ -188,11 +189,7 @@ def _ask(
 
 def _show(text: str) -> None:
     """A piece of an answer, without what would move the terminal's cursor."""
-    print(
-        "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text),
-        end="",
-        flush=True,
-    )
+    print(printable(text, keep="\n\t"), end="", flush=True)
 
 
 def _prune(arguments: argparse.Namespace) -> Result:

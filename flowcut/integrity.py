@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flowcut.errors import ConfigError
+from flowcut.printable import printable
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES, _MOST_THREADS = 1 << 20, 8
@@ -55,8 +56,8 @@ def check_name(name: str) -> None:
 
 
 def files_in(directory: Path) -> dict[str, os.stat_result]:
-    """Everything in `directory` and its folders, but folders and the manifest, by its path with `/`; of a link the
-    link itself.
+    """Everything in `directory` and its folders, but the manifest and folders that hold something, by its path with
+    `/`; of a link the link itself.
 
     Raises:
         OSError: a folder that cannot be read.
@@ -67,10 +68,11 @@ def files_in(directory: Path) -> dict[str, os.stat_result]:
         prefix = folders.pop()
         with os.scandir(directory / prefix) as entries:
             for entry in entries:
+                name = prefix + entry.name
+                found[name] = entry.stat(follow_symlinks=False)
+                found.pop(prefix[:-1], None)  # which is not empty
                 if entry.is_dir(follow_symlinks=False):
-                    folders.append(f"{prefix}{entry.name}/")
-                else:
-                    found[prefix + entry.name] = entry.stat(follow_symlinks=False)
+                    folders.append(f"{name}/")
     found.pop(MANIFEST, None)
     return found
 
@@ -117,7 +119,7 @@ def differences(directory: Path, expected: Mapping[str, FileRecord], hashes: boo
     try:
         found = files_in(directory)
     except OSError as error:
-        return [f"{_shown(str(error.filename))}: cannot be read ({error.strerror})"]
+        return [f"{printable(str(error.filename))}: cannot be read ({error.strerror})"]
     lines, equal = {}, list[str]()
     for name in found.keys() | expected.keys():
         if line := _visible(found.get(name), expected.get(name)):
@@ -128,7 +130,7 @@ def differences(directory: Path, expected: Mapping[str, FileRecord], hashes: boo
         equal.sort(key=lambda name: (-expected[name].bytes, name))
         hidden = _in_threads(lambda name, digest: _hidden(directory / name, expected[name], digest), equal)
         lines |= {name: line for name, line in zip(equal, hidden, strict=True) if line}
-    return [f"{_shown(name)}: {line}" for name, line in sorted(lines.items())]
+    return [f"{printable(name)}: {line}" for name, line in sorted(lines.items())]
 
 
 def _visible(found: os.stat_result | None, expected: FileRecord | None) -> str:
@@ -174,8 +176,3 @@ def _digest(path: Path, stop: threading.Event) -> FileRecord:
             found.update(chunk[:count])
             size += count
     return FileRecord(found.hexdigest(), size)
-
-
-def _shown(name: str) -> str:
-    """On one line, whatever somebody called a file."""
-    return name if name.isprintable() else ascii(name)

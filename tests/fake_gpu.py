@@ -263,6 +263,7 @@ class FakeGpu:
     """The device's memory and streams, and what was asked of it.
 
     Attributes:
+        contexts_made: execution contexts, each of which takes memory of a real device.
         calls: what was put on any stream or waited for, in the order in which that was asked; log: with the stream.
         over: how far along each stream the host knows everything to be over.
         before_sync: called without any lock when somebody begins to wait.
@@ -276,7 +277,7 @@ class FakeGpu:
         self.streams: list[Stream] = []
         self.over: dict[Stream, int] = {}
         self.before_sync: Callable[[Stream], None] | None = None
-        self.allocations = self.graphs = self.compiled = self.copied_bytes = 0
+        self.allocations = self.graphs = self.compiled = self.copied_bytes = self.contexts_made = 0
         self.free_bytes = 1 << 40
         self.clock_ms = 0.0
         self.fail_execution = self.fail_capture = False
@@ -416,6 +417,20 @@ class FakeGpu:
             allocate=lambda size, *, stream=None: gpu.allocate(size, stream=None)
         )
         return module
+
+
+class WatchedLock:
+    """A lock that tells when a thread comes to wait for it."""
+
+    def __init__(self, lock: threading.Lock, wanted: Callable[[], None]) -> None:
+        self._lock, self._wanted, self.locked = lock, wanted, lock.locked
+
+    def __enter__(self) -> None:
+        self._wanted()
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 def merge(known: dict[Stream, int], more: Mapping[Stream, int]) -> None:

@@ -84,8 +84,14 @@ def module(gpu: FakeGpu, name: str) -> ModuleType:
         pass
 
     class Runtime:
+        """Complains where a process has several loggers, as the real one does."""
+
+        first: Any = None
+
         def __init__(self, logger: Any) -> None:
-            self.logger = logger
+            Runtime.first, self.logger = Runtime.first or logger, logger
+            if logger is not Runtime.first:
+                logger.log(ILogger.Severity.WARNING, "The logger passed into createInferRuntime differs")
 
         def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
             gpu.require_current()
@@ -178,6 +184,7 @@ class Context:
         self.settled: Shapes | None = None
         self.changes = 0
         self.gpu.contexts.add(self)
+        self.gpu.contexts_made += 1
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         declared = self.engine.get_tensor_shape(name)

@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flowcut import atomic
+
 STEPS = {
     *("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"),
-    *("fsync", "fcntl.flock"),
+    *("fsync", "renameat2", "fcntl.flock"),
 }
-"""Python's audit events, which come before the deed and may raise, and one of our own."""
+"""Python's audit events, which come before the deed and may raise, and two of our own. Of calls that write or only ask
+there are none."""
 FAULTS = ("kill", "ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 """What `install` takes as `how`; `interrupt` too."""
 
@@ -34,11 +37,11 @@ def install(folder: Path, number: int, how: str, lasting: bool = False, sync: bo
         sync: false leaves out what only a power cut would show.
     """
     count, inside = 0, str(folder)
-    fsync = os.fsync
+    fsync, exchange = os.fsync, atomic._exchange
 
     def step(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        if event not in STEPS or not (isinstance(arguments[0], int) or str(arguments[0]).startswith(inside)):
+        if event not in STEPS or not (by_descriptor(event, arguments) or str(arguments[0]).startswith(inside)):
             return
         count += 1
         if number and (count == number or (lasting and count > number)):
@@ -49,9 +52,19 @@ def install(folder: Path, number: int, how: str, lasting: bool = False, sync: bo
         if sync:
             fsync(descriptor)
 
+    def exchanged(a: Path, b: Path) -> bool:
+        sys.audit("renameat2", str(a))
+        return exchange(a, b)
+
     os.fsync = synced  # type: ignore[assignment]
+    atomic._exchange = exchanged
     sys.addaudithook(step)
     return lambda: count
+
+
+def by_descriptor(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Of something open, or of a name in a folder that is, as shutil.rmtree goes about it."""
+    return isinstance(arguments[0], int) or (event in ("os.remove", "os.rmdir") and arguments[1] >= 0)
 
 
 def happen(how: str, path: str | None) -> None:

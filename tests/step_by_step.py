@@ -5,14 +5,15 @@ WHAT   directory or file
 BEFORE what is there: nothing; old; leftover, beside old; aside, where old was moved by a killed build
 SWAP   exchange, or renames as on a file system that cannot exchange
 HOW    kill, at each line that flowcut/atomic.py and shutil.py execute; interrupt, in the former only, as shutil's
-       rmtree may turn one into an OSError; or the name of an error of the disk, at each call, with a + at all that
-       follow too
+       rmtree may turn one into an OSError; EFBIG, writing more and more until nothing is cut short; or the name of
+       an error of the disk, at each call of faults.STEPS, with a + at all that follow too
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -30,6 +31,8 @@ from flowcut.errors import EngineError
 SOURCES = {"kill": {atomic.__file__, shutil.__file__}, "interrupt": {atomic.__file__}}
 WELL, REFUSED, INTERRUPTED, UNHURT, WRONG = 0, 1, 2, 3, 4
 """How a build may end, beside killed."""
+KILLED = 4_000_000
+"""The process that left what `prepare` leaves."""
 
 
 def content(text: str) -> dict[str, str]:
@@ -84,11 +87,11 @@ def prepare(root: Path, what: str, before: str) -> Path:
     if before != "nothing":
         build(what, target, "old")
     if before == "leftover":
-        fill_leftover(root / ".target.4000000.0a1b2c3d.partial", what)
-        fill_leftover(root / ".another.4000000.0a1b2c3d.partial", what)
+        fill_leftover(root / f".target.{KILLED}.0a1b2c3d.partial", what)
+        fill_leftover(root / f".another.{KILLED}.0a1b2c3d.partial", what)
     if before == "aside":
-        target.rename(root / ".target.4000000.0a1b2c3d.old")
-        fill_leftover(root / ".target.4000000.0a1b2c3d.partial", what)
+        target.rename(root / f".target.{KILLED}.0a1b2c3d.old")
+        fill_leftover(root / f".target.{KILLED}.0a1b2c3d.partial", what)
     return target
 
 
@@ -120,6 +123,13 @@ def by_line(number: int, how: str) -> Callable[[], int]:
     return lambda: count
 
 
+def by_size(number: int) -> Callable[[], int]:
+    """As faults.install: files may hold a few bytes, with each number more, which write(2) writes before it fails."""
+    most = (number - 1) ** 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    return lambda: 0
+
+
 def hurt(what: str, target: Path, number: int, how: str) -> int:
     """Build `new` in a process of its own, and how it ended; negative where killed."""
     if child := os.fork():
@@ -128,6 +138,8 @@ def hurt(what: str, target: Path, number: int, how: str) -> int:
     try:
         if how in SOURCES:
             steps = by_line(number, how)
+        elif how == "EFBIG":
+            steps = by_size(number)
         else:
             steps = faults.install(target.parent, number, how.rstrip("+"), lasting=how.endswith("+"), sync=False)
         build(what, target, "new")
@@ -151,6 +163,9 @@ def problems(what: str, before: str, swap: str, how: str, target: Path, ended: i
         wrong.append(f"{state}, aside {aside}")
     if ended not in {"kill": (-signal.SIGKILL,), "interrupt": (INTERRUPTED,)}.get(how, (WELL, REFUSED)):
         wrong.append(f"ended with {ended}")
+    own = [name for name in names(target.parent) if name.endswith(".partial") and f".{KILLED}." not in name]
+    if own and ended >= 0 and not how.endswith("+"):  # a disk that lasts in refusing lets nothing be removed
+        wrong.append(f"ended with {ended} and left {own}")
     if what == "directory":
         fail(target)
         if found(target) not in ((start, "new") if state == "aside" else (state,)):

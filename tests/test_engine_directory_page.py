@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_engine import write_engine
 
-from flowcut.artifacts import MANIFEST, SCHEMA, Manifest, read_manifest
+from flowcut.artifacts import SCHEMA, Manifest, read_manifest
+from flowcut.integrity import MANIFEST
 
 TEXT = (Path(__file__).parent.parent / "docs" / "engine_directory.md").read_text(encoding="utf-8")
 

@@ -16,11 +16,12 @@ from engines.build import build_engine
 from engines.pipeline import BuildSettings, Built, build_directory, save_graph
 from export.language import language_model
 from flowcut.aliases import ASSETS, resolve
-from flowcut.artifacts import MANIFEST, check_files
+from flowcut.artifacts import check_files
 from flowcut.config import Precision
 from flowcut.contract import Limits, language_contract
 from flowcut.deps import available
 from flowcut.errors import CheckpointError, ConfigError, EngineError
+from flowcut.integrity import MANIFEST
 from flowcut.prompt import question_prompt
 from flowcut.tensors import expected_tensors
 from flowcut.tiny.scenes import make_scene, render

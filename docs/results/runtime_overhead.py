@@ -1,6 +1,6 @@
 """What the Python runtime adds to ONNX Runtime's own time, and how it starts: writes runtime_overhead.json and .md.
 
-    python docs/results/runtime_overhead.py                    # needs .[export,cpu]; an idle machine, half an hour
+    python docs/results/runtime_overhead.py                    # needs .[export,cpu]; an idle machine, 15 minutes
     python docs/results/runtime_overhead.py --part overhead    # outside session.run: of prefill, and of a decode step
     python docs/results/runtime_overhead.py --part positions   # a decode step's time by its place in the cache
     python docs/results/runtime_overhead.py --part memory      # what the process has in memory over 2,000 steps
@@ -35,6 +35,8 @@ from runtime_overhead_page import page
 from runtime_overhead_watch import Call, clocked, endless, watched
 
 from engines.pipeline import BuildSettings, build_directory
+from engines.runtime.clock import Clock
+from engines.runtime.control import Control
 from engines.runtime.engine import LlavaEngine, Sampling, load_engine
 from engines.runtime.memory import cache_bytes, process_bytes
 from flowcut.atomic import write_file
@@ -45,7 +47,7 @@ Section = dict[str, Any]
 ROOT = Path(__file__).parent.parent.parent
 PATH = Path(__file__).with_suffix(".json")
 QUESTION = "What color is the circle?"
-REPEATS, STEPS, PROCESSES = 30, 2000, 20
+REPEATS, ROUNDS, STEPS, PROCESSES = 12, 40, 2000, 20
 FIRST, LAST, BIN = 64, 1024, 64
 LONG = {"max_batch": 1, "max_images": 1, "max_prompt": 128, "max_new_tokens": STEPS + 1}
 
@@ -169,33 +171,40 @@ def second_question(directory: Path, threads: int, picture: Path, repeats: int) 
 # --- positions: a decode step by its place in the cache ---
 
 
-def positions(directory: Path, threads: int, answers: int = 3, last: int = LAST) -> Section:
-    """Medians over bins of positions: whole steps, and from a profile of its own run what attention takes of them."""
+def positions(directory: Path, threads: int, rounds: int = ROUNDS, last: int = LAST) -> Section:
+    """Medians by position: of whole steps, and from a profile of its own what attention takes of them.
+
+    One cache, full of zeros behind the prompt: a step's work does not depend on what is in it. In every round each
+    position has its turn, in an order of its own, so that whatever slows the machine for a while slows all alike.
+    """
     plain = endless(directory, threads)
-    warm_up(plain)
-    steps = [step for _ in range(answers) for step in long_answer(plain, last)]
-    whole = binned([(call.position, call.seconds * 1e3) for call in steps], last)
-    attention, others = profiled(directory, threads, last)
+    whole = by_position([(call.position, call.seconds * 1e3) for call in steps_at(plain, last, rounds)], last)
+    attention, others = profiled(directory, threads, last, rounds)
     rows = [
-        {"from": low, "step_ms": step, "attention_ms": a, "others_ms": o}
-        for low, step, a, o in zip(range(FIRST, last, BIN), whole, attention, others, strict=True)
+        {"position": position, "step_ms": step, "attention_ms": a, "others_ms": o}
+        for position, step, a, o in zip(places(last), whole, attention, others, strict=True)
     ]
-    return {"bin": BIN, "answers": answers, "rows": rows}
+    return {"rounds": rounds, "rows": rows}
 
 
-def warm_up(engine: LlavaEngine) -> None:
-    engine.generate([], text_prompt(engine), Sampling(8))
+def places(last: int) -> list[int]:
+    """Positions to look at."""
+    return [*range(FIRST, last, BIN), last]
 
 
-def long_answer(engine: LlavaEngine, last: int) -> list[Call]:
-    """One answer's steps from position FIRST on."""
-    prompt = text_prompt(engine)
+def steps_at(engine: LlavaEngine, last: int, rounds: int) -> list[Call]:
+    """Steps at each place, `rounds` of each, after some that do not count."""
+    request = engine.reader.read([], text_prompt(engine), Sampling(1), Control())
+    prefill, token = engine.model.prefill([request], Clock()), np.zeros(1, np.int64)
+    order = np.random.default_rng(0)
+    for step in range(8):
+        engine.model.step(prefill, token, step)
+    engine.model.language.forget_times()
     with watched(engine) as calls:
-        answer = engine.generate([], prompt, Sampling(last - FIRST + 4))
-    steps = [call for call in calls if call.position is not None and FIRST <= call.position < last]
-    if len(steps) != last - FIRST:
-        raise SystemExit(f"an answer must go on until position {last}, got {answer.finish} after {len(steps)} steps.")
-    return steps
+        for _ in range(rounds):
+            for position in order.permutation(places(last)).tolist():
+                engine.model.step(prefill, token, position - int(prefill.lengths[0]))
+    return list(calls)
 
 
 def text_prompt(engine: LlavaEngine) -> str:
@@ -206,13 +215,10 @@ def text_prompt(engine: LlavaEngine) -> str:
     return "a " * words
 
 
-def profiled(directory: Path, threads: int, last: int) -> tuple[list[float], list[float]]:
-    """By bin, milliseconds of a step within attention, and within all other nodes."""
+def profiled(directory: Path, threads: int, last: int, rounds: int) -> tuple[list[float], list[float]]:
+    """By position, milliseconds of a step within attention, and within all other nodes."""
     engine = endless(directory, threads, profile=True)
-    warm_up(engine)
-    engine.model.language.forget_times()
-    with watched(engine) as calls:
-        long_answer(engine, last)
+    calls = steps_at(engine, last, rounds)
     with patch("engines.sessions.ort_session.layer_times", lambda _, runs: runs):  # the runs themselves, not their sums
         runs: Any = engine.model.language.layer_times()
     nodes: dict[tuple[bool, str], list[tuple[int | None, float]]] = {}
@@ -221,18 +227,18 @@ def profiled(directory: Path, threads: int, last: int) -> tuple[list[float], lis
             key = (event["args"]["op_name"] == "Attention", event["args"]["node_index"])
             nodes.setdefault(key, []).append((call.position, event["dur"] / 1e3))
     # Medians of each node, and then their sum: where another process takes the core, it takes it from one node.
-    medians = {key: binned(found, last) for key, found in nodes.items()}
+    medians = {key: by_position(found, last) for key, found in nodes.items()}
     sums = [np.sum([m for (attends, _), m in medians.items() if attends == wanted], axis=0) for wanted in (True, False)]
     return sums[0].tolist(), sums[1].tolist()
 
 
-def binned(values: Sequence[tuple[int | None, float]], last: int) -> list[float]:
-    """Medians of what lies in each bin."""
-    bins: dict[int, list[float]] = {low: [] for low in range(FIRST, last, BIN)}
+def by_position(values: Sequence[tuple[int | None, float]], last: int) -> list[float]:
+    """Medians at each place."""
+    found: dict[int, list[float]] = {position: [] for position in places(last)}
     for position, value in values:
-        if position is not None and FIRST <= position < last:
-            bins[FIRST + (position - FIRST) // BIN * BIN].append(value)
-    return [statistics.median(found) for found in bins.values()]
+        if position in found:
+            found[position].append(value)
+    return [statistics.median(each) for each in found.values()]
 
 
 # --- memory: over many steps ---
@@ -274,6 +280,8 @@ def memory(directory: Path, threads: int, steps: int = STEPS, every: int = 100) 
 LOAD = """
 import sys, time
 start = time.perf_counter()
+from engines.runtime.clock import Clock
+from engines.runtime.control import Control
 from engines.runtime.engine import load_engine
 imported = time.perf_counter()
 load_engine(sys.argv[1], "ort", threads=int(sys.argv[2]))

@@ -89,15 +89,15 @@ def positions_page(sections: Sequence[Section]) -> Iterator[str]:
     for section in sections:
         rows = section["rows"]
         yield from head(section)
-        yield from prose(f"""Medians over {section["bin"]} positions each, of {section["answers"]} answers. The last two
-            columns are from ONNX Runtime's profile of another answer, whose nodes are timed one by one: `Attention`,
-            which has more to read with every step, and all others, among them TensorScatter, which writes the
-            cache.""")
-        yield from table("positions", "step, ms", "attention, ms", "its share of nodes", "all other nodes, ms")
+        yield from prose(f"""Medians of {section["rounds"]} steps at each position, in turns, so that what slows the
+            machine for a while slows all positions. The last two columns are from ONNX Runtime's profile of as many
+            others, whose nodes are timed one by one: `Attention`, and all others, among them TensorScatter, which
+            writes the cache.""")
+        yield from table("position", "step, ms", "attention, ms", "its share of nodes", "all other nodes, ms")
         for row in rows:
             attention, others = row["attention_ms"], row["others_ms"]
             yield line(
-                *(f"{row['from']} to {row['from'] + section['bin'] - 1}", f"{row['step_ms']:.2f}", f"{attention:.3f}"),
+                *(f"{row['position']:,}", f"{row['step_ms']:.2f}", f"{attention:.3f}"),
                 *(f"{attention / (attention + others):.1%}", f"{others:.2f}"),
             )
         yield from flatness(rows)
@@ -105,7 +105,7 @@ def positions_page(sections: Sequence[Section]) -> Iterator[str]:
 
 def flatness(rows: Sequence[Section]) -> Iterator[str]:
     steps, rest = [row["step_ms"] for row in rows], [row["others_ms"] for row in rows]
-    yield from prose(f"""From the first of these bins to the last, a step takes {change(steps)}, attention
+    yield from prose(f"""From the first position to the last, a step takes {change(steps)}, attention
         {change([row["attention_ms"] for row in rows])}, and all other nodes {change(rest)}. Apart from attention the
         largest of them is {spread(rest):.1%} above the smallest; to be within {FLAT:.0%}:
         {verdict(spread(rest) <= FLAT)}.""")

@@ -15,13 +15,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from engines.runtime.engine import Chunk, Generation, LlavaEngine, Sampling
+from engines.runtime.engine import Chunk, Generation, LlavaEngine
 from engines.runtime.reading import Opened, Picture, Pictures
+from engines.runtime.sampling import GREEDY, Sampling
 from flowcut.chat import said, user
 from flowcut.errors import InputError, TooLarge
 from flowcut.prompt import IMAGE
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ class Chat:
         return _Turn(messages, (*self._pictures, *opened), self._engine.template.render(messages))
 
     def _keep(self, turn: _Turn, answer: str) -> None:
-        """An answer that spells <image> would be taken for a picture."""
-        self._messages = (*turn.messages, said("assistant", answer.replace(IMAGE, "")))
+        """An answer that spells <image> would be taken for a picture. With a blank in its place, unlike with nothing,
+        what is around it does not make another."""
+        self._messages = (*turn.messages, said("assistant", answer.replace(IMAGE, " ")))
         self._pictures = turn.pictures
 
     @contextmanager

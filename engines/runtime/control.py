@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import threading
-from numbers import Real
 from time import monotonic
 
+from flowcut.config import is_number
 from flowcut.errors import ConfigError, RequestCancelled, RequestTimeout
 
 LOOK_S = 0.02
@@ -62,8 +61,3 @@ class Control:
                 f"the request must be answered within timeout_s={self._timeout_s}, got no answer by then. Allow more "
                 "time, ask for fewer tokens, or send fewer requests at once."
             )
-
-
-def is_number(value: object) -> bool:
-    """Whether a user's value is a real number, and finite."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

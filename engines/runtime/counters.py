@@ -37,9 +37,10 @@ class Counters:
         """Everything since the engine was loaded, fit for JSON.
 
         requests: calls by outcome. prompts and tokens: of these, those read and those generated, also where the
-        outcome was none. decode_steps: runs of the decoder behind a prefill, one for a whole batch. batches: prefills
-        by their size. retried: batches that failed and were run again one by one. pictures: those that vision looked
-        at, and those that were known. waiting: requests in line now, and the most there ever were.
+        outcome was none, or where a batch failed and its tokens were generated again. decode_steps: runs of the
+        decoder behind a prefill, one for a whole batch. batches: prefills by their size. retried: batches that failed
+        and were run again one by one. pictures: those that vision looked at, and those that were known. waiting:
+        requests in line now, and the most there ever were.
         """
         with self._lock:
             return {
@@ -66,10 +67,11 @@ class Counters:
         with self._lock:
             self._sums["decode_steps"] += 1
 
-    def retry(self) -> None:
-        """A batch that failed."""
+    def retry(self, tokens: int) -> None:
+        """A batch that failed, behind so many tokens of answers that are begun again."""
         with self._lock:
             self._sums["retried"] += 1
+            self._sums["tokens"] += tokens
 
     def wait(self, change: int) -> None:
         """So many more are in line, or fewer."""

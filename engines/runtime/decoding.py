@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.runtime.clock import Clock
-from engines.runtime.control import Control
-from engines.runtime.gate import Door
 from engines.runtime.model import Model, Prefill
 from engines.runtime.reading import Request
 from engines.runtime.sampling import Sampler
@@ -107,15 +106,20 @@ class Answering:
     """A batch of requests on its way, whoever they are from.
 
     Args:
-        control: of the wait for a place, and of nothing behind it: each request's own ends its own answer.
+        place: entered before the prefill and left behind the last step: one at the gate, say, that may have to be
+            waited for.
     """
 
     def __init__(
-        self, model: Model, gate: Door, replies: Sequence[Reply], control: Control, clock: Clock | None = None
+        self,
+        model: Model,
+        place: AbstractContextManager[None],
+        replies: Sequence[Reply],
+        clock: Clock | None = None,
     ) -> None:
         self.replies = list(replies)
         self.prefill: Prefill | None = None
-        self._model, self._gate, self._control, self._clock = model, gate, control, clock or Clock()
+        self._model, self._place, self._clock = model, place, clock or Clock()
         self._steps, self._first_ms = 0, 0.0
 
     def __iter__(self) -> Generator[list[Chunk], None, None]:
@@ -129,7 +133,7 @@ class Answering:
         requests, clock = [reply.request for reply in self.replies], self._clock
         self._model.prepare(requests)
         clock.stop("preprocess")
-        with self._gate.enter(self._control):
+        with self._place:
             clock.stop("queue")
             self.prefill = self._model.prefill(requests, clock)
             logits = self.prefill.logits

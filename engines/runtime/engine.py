@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,13 +23,13 @@ from engines.runtime.clock import Clock
 from engines.runtime.control import Control
 from engines.runtime.counters import Counters
 from engines.runtime.decoding import Answering, Chunk, Reply
-from engines.runtime.gate import Gate, OpenDoor, closed
+from engines.runtime.gate import Gate, closed
 from engines.runtime.generation import Generation, forget_frames, generation
 from engines.runtime.memory import MemoryReport, memory_report
 from engines.runtime.model import Model, Prefill
 from engines.runtime.reading import Pictures, Reader, Request
-from engines.runtime.sampling import Sampling
-from engines.runtime.scheduler import GREEDY, Batching, Work
+from engines.runtime.sampling import GREEDY, Sampling
+from engines.runtime.scheduler import Batching, Work
 
 __all__ = ["Chunk", "Generation", "LlavaEngine", "Options", "Prefill", "Sampling", "load_engine"]
 
@@ -130,7 +131,7 @@ class LlavaEngine:
             clock.stop("preprocess")
             with self.gate.enter(control):
                 clock.stop("queue")
-                return model.prefill(requests, clock)
+                return replace(model.prefill(requests, clock), state=None)  # which is whoever's comes next
 
     def generate(
         self,
@@ -179,7 +180,8 @@ class LlavaEngine:
                 tickets = [queue.submit(image, prompt) for image, prompt in questions]
                 answers = [ticket.result() for ticket in tickets]
 
-        The outputs are those of `generate`, but for rounding: sums in a batch may be taken in another order.
+        The outputs are those of `generate`, but for rounding: sums in a batch may be taken in another order. It is to
+        be ended, by `with` or close(): its threads hold it and the engine until then, even where nobody else does.
 
         Args:
             max_wait_ms: how long a request waits for others to join it, at most, before it asks for its place.
@@ -197,7 +199,7 @@ class LlavaEngine:
         return request
 
     def _together(self, requests: Sequence[Request]) -> Answering:
-        return Answering(self.model, OpenDoor(), self._replies(requests), Control())
+        return Answering(self.model, nullcontext(), self._replies(requests))
 
     def _replies(self, requests: Sequence[Request]) -> list[Reply]:
         eos, tokenizer = self.manifest.geometry.eos_token_ids, self.reader.tokenizer
@@ -214,7 +216,7 @@ class LlavaEngine:
     ) -> Answering:
         """Read a call, which fills `replies`."""
         replies += self._replies(self.reader.read_all(images, prompts, sampling, control))
-        return Answering(self.model, self.gate, replies, control, clock)
+        return Answering(self.model, self.gate.enter(control), replies, clock)
 
     @contextmanager
     def _counted(self, clock: Clock, replies: list[Reply]) -> Iterator[None]:

@@ -6,29 +6,13 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import contextmanager, nullcontext
 
 from engines.runtime.control import Control
 from engines.runtime.counters import Counters
 from flowcut.errors import EngineError, QueueFull
 
 LOG = logging.getLogger("flowcut.engines.gate")
-
-
-class Door(Protocol):
-    """What a request passes before its work."""
-
-    def enter(self, control: Control) -> AbstractContextManager[None]:
-        """See Gate."""
-
-
-class OpenDoor:
-    """For work in a place that is held already."""
-
-    def enter(self, control: Control) -> AbstractContextManager[None]:
-        """Nobody waits."""
-        return nullcontext()
 
 
 class _Waiter:
@@ -93,23 +77,20 @@ class Gate:
 
     def close(self, then: Callable[[], None]) -> None:
         """Refuse those that wait and whoever comes; call `then` once nobody is at work any more."""
-        with self._lock:
+        with self._locked():
             if self._closed:
                 return
             self._closed, self._then = True, then
-            refused = list(self._line)
-            self._line.clear()
-        for waiter in refused:
-            waiter.turn.release()
-        self._serve()
+            while self._line:
+                self._line.popleft().turn.release()
 
     def _join_line(self, control: Control, bounded: bool) -> _Waiter:
         control.check()
         waiter = _Waiter(bounded)
-        self._serve()
-        with self._lock:
+        with self._locked():
             if self._closed:
                 raise closed()
+            self._take_back()
             free = self._places - len(self._at_work)
             if bounded and sum(each.bounded for each in self._line) - free >= self._waiting:
                 raise QueueFull(
@@ -117,7 +98,6 @@ class Gate:
                     "it again later, or load the engine with a greater one."
                 )
             self._line.append(waiter)
-        self._serve()
         return waiter
 
     def _wait(self, waiter: _Waiter, control: Control) -> None:
@@ -132,16 +112,24 @@ class Gate:
 
     def _withdraw(self, waiter: _Waiter) -> None:
         """Of one that gave up, perhaps when it had just been granted a place."""
-        with self._lock:
+        with self._locked():
             if waiter in self._line:
                 self._line.remove(waiter)
-        if waiter.granted:
-            self._leave(waiter.thread)
-        self._serve()
+            if waiter.granted:
+                self._left.append(waiter.thread)
 
     def _leave(self, thread: int) -> None:
         self._left.append(thread)
         self._serve()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The lock, and behind it, even where an error ends what is done within, whatever others left to its holder."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._serve()
 
     def _serve(self) -> None:
         """Give free places to the first in line.
@@ -153,8 +141,7 @@ class Gate:
         while self._something_to_do() and self._lock.acquire(blocking=False):
             then = _nothing
             try:
-                while self._left:
-                    self._at_work.remove(self._left.popleft())
+                self._take_back()
                 while self._line and len(self._at_work) < self._places:
                     self._grant(self._line.popleft())
                 if not self._at_work:
@@ -166,6 +153,11 @@ class Gate:
     def _something_to_do(self) -> bool:
         ready = self._line and len(self._at_work) < self._places
         return bool(self._left or ready or (self._then is not _nothing and not self._at_work))
+
+    def _take_back(self) -> None:
+        """The places of those that left. The lock is held."""
+        while self._left:
+            self._at_work.remove(self._left.popleft())
 
     def _grant(self, waiter: _Waiter) -> None:
         self._at_work.append(waiter.thread)

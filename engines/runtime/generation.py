@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,10 +67,16 @@ def member(answering: Answering, index: int, clock: Clock) -> Generation:
 
 def forget_frames(error: BaseException | None) -> None:
     """Let go of what the functions that an error passed through held: the KV cache among them, which would live for as
-    long as somebody keeps the error. Where it was raised stays known."""
+    long as somebody keeps the error. Where it was raised stays known.
+
+    Python also hangs behind it, as its context, what a caller was handling when it called: that is the caller's own.
+    """
+    callers = {frame for frame, _ in traceback.walk_stack(sys._getframe(1))}
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+        if error is not None and error.__traceback__ is not None and error.__traceback__.tb_frame in callers:
+            return
 
 
 def _generation(answering: Answering, members: range | list[int], latency_ms: Mapping[str, float]) -> Generation:

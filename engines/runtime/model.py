@@ -33,7 +33,7 @@ class Prefill:
         latency_ms: "preprocess" (decode, resize, tokenize), "queue" (waiting for a place), "vision", "prefill", and
             "total" around them all.
         device_ms: "vision" and "prefill" without the copies from and to the host.
-        state: the KV cache; None once its answers are complete.
+        state: the KV cache; None once the place that it belongs to is given back.
     """
 
     logits: NDArray[np.float32]
@@ -63,9 +63,10 @@ class Model:
         self.language.close()
 
     def prepare(self, requests: Sequence[Request]) -> None:
-        """Compute the pixels that vision will need, in the caller's thread, while the device may be at work."""
+        """Compute the pixels that vision will need, in the caller's thread, while the device may be at work; and those
+        of large pictures that it has seen, of which a request that waits, or a Chat, would keep more than that."""
         for picture in (p for request in requests for p in request.pictures):
-            if picture.key not in self.pictures:
+            if picture.large or picture.key not in self.pictures:
                 picture.prepare()
 
     def prefill(self, requests: Sequence[Request], clock: Clock) -> Prefill:

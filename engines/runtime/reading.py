@@ -20,20 +20,22 @@ from flowcut.artifacts import Manifest
 from flowcut.budget import Budget
 from flowcut.config import LlavaConfig
 from flowcut.contract import Limits, pruned_limit
-from flowcut.errors import InputError, TooLarge
+from flowcut.errors import ConfigError, InputError, TooLarge
 from flowcut.preprocess import ImageSettings, open_image, pixel_values
 from flowcut.prompt import Batch, Encoded, Pruning, Tokenizer, batch
 from flowcut.tiles import image_tiles
 
-_NONE = np.empty((0, 3, 1, 1), np.float32)
-
 
 class Opened:
-    """A picture: in RGB, until it is prepared for the tower."""
+    """A picture: in RGB, until it is prepared for the tower. May be used from several threads.
+
+    Attributes:
+        made_for: the geometry and the image settings of the engine that opened it.
+    """
 
     def __init__(self, image: Image.Image, config: LlavaConfig, settings: ImageSettings) -> None:
-        self._settings, self._image, self._pixels = settings, image, _NONE
-        self.size = image.size
+        self.made_for, self.size = (config, settings), image.size
+        self._content: Image.Image | NDArray[np.float32] = image
         self.tiling: Tiling | None = choose_tiling(config, *image.size) if config.anyres else None
         digest = hashlib.sha256(repr(image.size).encode())
         digest.update(np.ascontiguousarray(image).data)
@@ -46,18 +48,26 @@ class Opened:
         Raises:
             InputError: a picture so long and narrow that resizing it would take too much memory.
         """
-        if not len(self._pixels):
-            one, settings = self._image, self._settings
-            self._pixels = (
-                pixel_values([one], settings) if self.tiling is None else image_tiles(one, settings, self.tiling)
-            )
-            self._image = Image.new("RGB", (1, 1))
+        _ = self.pixels
 
     @property
     def pixels(self) -> NDArray[np.float32]:
         """[tiles, 3, S, S]"""
-        self.prepare()
-        return self._pixels
+        content = self._content  # read once: another thread may put the same pixels there meanwhile
+        if isinstance(content, Image.Image):
+            settings = self.made_for[1]
+            content = self._content = (
+                pixel_values([content], settings)
+                if self.tiling is None
+                else image_tiles(content, settings, self.tiling)
+            )
+        return content
+
+    @property
+    def large(self) -> bool:
+        """Whether it takes more memory in RGB, at Pillow's 4 bytes for a pixel, than `pixels` would in float32."""
+        tiles = 1 if self.tiling is None else self.tiling.tiles
+        return self.size[0] * self.size[1] > tiles * 3 * self.made_for[1].image_size ** 2
 
 
 Picture = Path | str | bytes | Image.Image | NDArray[np.uint8] | Opened
@@ -88,9 +98,14 @@ class Reader:
         """One picture, which may then be sent again and again, whatever becomes of the file it was read from.
 
         Raises:
-            InputError: one that cannot be used.
+            InputError: one that cannot be used, or that an engine of another kind opened.
         """
         if isinstance(picture, Opened):
+            if picture.made_for != (self._manifest.geometry, self.settings):
+                raise InputError(
+                    "image must be opened by an engine of this geometry and these image settings, got one that another "
+                    "opened. Give the picture itself."
+                )
             return picture
         return Opened(open_image(picture), self._manifest.geometry, self.settings)
 
@@ -111,10 +126,8 @@ class Reader:
     ) -> list[Request]:
         """Prompts of one call, see engines.runtime.engine.LlavaEngine.prefill."""
         entries, texts = self._entries(images, prompts)
-        samplings = [sampling] * len(texts) if isinstance(sampling, Sampling) else list(sampling)
-        if len(samplings) != len(texts):
-            raise InputError(f"sampling must be one, or one for each of {len(texts)} prompts, got {len(samplings)}.")
-        samplings = [each.within(self._manifest.limits.max_new_tokens) for each in samplings]
+        limit = self._manifest.limits.max_new_tokens
+        samplings = [each.within(limit) for each in _samplings(sampling, len(texts))]
         requests = [self._read(*each, control) for each in zip(entries, texts, samplings, strict=True)]
         self.batch(requests)
         return requests
@@ -137,6 +150,8 @@ class Reader:
         self, images: Pictures | Sequence[Pictures], prompts: str | Sequence[str]
     ) -> tuple[list[list[Picture]], list[str]]:
         """Pictures per prompt, and prompts, both counted against the limits."""
+        if not isinstance(prompts, str | list | tuple):
+            raise InputError(f"prompts must be a text or a list of texts, got {type(prompts).__name__}.")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         entries: Any = [images] if isinstance(prompts, str) else images
         if not isinstance(entries, list | tuple) or len(entries) != len(texts):
@@ -157,6 +172,16 @@ def pruning(config: LlavaConfig, budget: Budget, limits: Limits) -> Pruning | No
     if budget.llm_tokens is None:
         return None
     return Pruning(budget.llm_tokens, pruned_limit(config, budget.tokens, budget.llm_tokens, limits))
+
+
+def _samplings(given: Sampling | Sequence[Sampling], count: int) -> list[Sampling]:
+    """One for each prompt."""
+    samplings: Any = [given] * count if isinstance(given, Sampling) else given
+    if not isinstance(samplings, list | tuple) or not all(isinstance(each, Sampling) for each in samplings):
+        raise ConfigError(f"sampling must be a Sampling, or a list of one for each prompt, got {given!r}.")
+    if len(samplings) != count:
+        raise InputError(f"sampling must be one, or one for each of {count} prompts, got {len(samplings)}.")
+    return list(samplings)
 
 
 def _check_count(field: str, got: int, limit: int, option: str) -> None:

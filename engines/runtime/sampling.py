@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from flowcut.config import is_integer
+from flowcut.config import is_integer, is_number
 from flowcut.errors import ConfigError, EngineError, InputError
 
 NEW_TOKENS = 64
+STRONGEST = 1e6
+"""Repetition penalty, and one over the weakest: far beyond use, and logits stay finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Sampling:
             and seed say.
         top_k: draw among the k likeliest and those as likely as the k-th; None: among all.
         top_p: draw among the fewest likeliest tokens whose probabilities add up to this; 1: among all.
-        repetition_penalty: what the positive logits of tokens in prompt or answer are divided by, and the negative
-            multiplied; above 1 such tokens get rarer, with temperature 0 too. Visual tokens count as the image token.
+        repetition_penalty: 1e-6 to 1e6; what the positive logits of tokens in prompt or answer are divided by, and the
+            negative multiplied; above 1 such tokens get rarer, with temperature 0 too. Visual tokens count as the image
+            token.
         seed: of the draws: equal requests with equal seeds draw alike, alone or in a batch. None: unlike every time.
         stop: strings at the first of which an answer ends, without it; a single one may be given as it is. The tokens
             that make the string are among the answer's token_ids, as they are with transformers' stop_strings.
@@ -45,15 +48,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            _check_integer("max_new_tokens", self.max_new_tokens, 1, " or None")
-        _check_number("temperature", self.temperature, lambda x: x >= 0, "at least 0")
-        if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 1, " or None")
-        _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "above 0 and at most 1")
-        _check_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "above 0")
-        if self.seed is not None:
-            _check_integer("seed", self.seed, 0, " or None")
+        for name, least in (("max_new_tokens", 1), ("top_k", 1), ("seed", 0)):
+            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
+        for name, (fits, rule) in _NUMBERS.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), fits, rule))
         stop = self.stop if isinstance(self.stop, list | tuple) else (self.stop,)
         if not all(isinstance(text, str) and text for text in stop):
             raise ConfigError(f"stop must be strings of at least one character, got {self.stop!r}.")
@@ -73,6 +71,14 @@ class Sampling:
                 "fewer, or rebuild the engine with --max-new-tokens."
             )
         return self
+
+
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x >= 0, "at least 0"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (lambda x: 1 / STRONGEST <= x <= STRONGEST, f"from {1 / STRONGEST:g} to {STRONGEST:g}"),
+}
+"""What each must be."""
 
 
 class Sampler:
@@ -159,12 +165,17 @@ def _nucleus(shares: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     return np.sort(order[~dropped])
 
 
-def _check_integer(name: str, value: object, least: int, otherwise: str = "") -> None:
-    if not is_integer(value) or value < least:
-        raise ConfigError(f"{name} must be at least {least}{otherwise}, got {value!r}.")
+def _integer(name: str, value: object, least: int) -> int | None:
+    whole = value.item() if isinstance(value, np.integer) else value
+    if whole is not None and not (is_integer(whole) and whole >= least):
+        raise ConfigError(f"{name} must be at least {least} or None, got {value!r}.")
+    return whole
 
 
-def _check_number(name: str, value: object, fits: Callable[[float], bool], rule: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not fits(float(value)):  # type: ignore[arg-type]
+def _number(name: str, value: object, fits: Callable[[float], bool], rule: str) -> float:
+    if not is_number(value) or not fits(float(value)):
         raise ConfigError(f"{name} must be a number {rule}, got {value!r}.")
+    return float(value)
+
+
+GREEDY = Sampling()

@@ -12,20 +12,19 @@ from types import TracebackType
 from typing import Self
 
 from engines.runtime.clock import Clock
-from engines.runtime.control import LOOK_S, Control, is_number
+from engines.runtime.control import LOOK_S, Control
 from engines.runtime.counters import Counters
-from engines.runtime.decoding import Answering
+from engines.runtime.decoding import Answering, Reply
 from engines.runtime.gate import Gate
 from engines.runtime.generation import forget_frames, member
 from engines.runtime.reading import Pictures, Request
-from engines.runtime.sampling import Sampling
+from engines.runtime.sampling import GREEDY, Sampling
 from engines.runtime.ticket import Job, Ticket, is_full, together
-from flowcut.config import is_integer
+from flowcut.config import is_integer, is_number
 from flowcut.contract import Limits
 from flowcut.errors import ConfigError, EngineError, FlowCutError, QueueFull, RequestCancelled
 
 LOG = logging.getLogger("flowcut.engines.scheduler")
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Batching:
     """A queue before an engine: see LlavaEngine.batching. Safe to use from several threads.
 
     Of its threads one at a time waits: for a request, for others to join it, for a place at the engine. Then it takes
-    the batch, and another thread waits for the next while it runs this one.
+    the batch, and another thread waits for the next while it runs this one. They hold the queue and its engine until
+    it is closed.
 
     Args:
         threads: batches at work at once.
@@ -170,8 +170,13 @@ class Batching:
             self._fail(job, error)
 
     def _serve(self) -> None:
-        while self._turn():
-            pass
+        going = True
+        while going:
+            try:
+                going = self._turn()
+            except BaseException as error:  # nobody's own, such as a failure to close the engine: nobody may hang by it
+                LOG.exception("a thread of a queue goes on behind an error")
+                self._refuse(EngineError(f"the queue must go on, got {type(error).__name__}, which its log tells of."))
 
     def _turn(self) -> bool:
         """Run one batch, or none where all who waited have gone. False once there will be no more."""
@@ -181,6 +186,8 @@ class Batching:
                     return False
                 try:
                     place.enter_context(self._work.gate.enter(_Patience(self), bounded=False))
+                except RequestCancelled:  # by _Patience; whoever has come since has a turn of its own
+                    return True
                 except FlowCutError as error:
                     self._refuse(error)
                     return True
@@ -222,30 +229,34 @@ class Batching:
             job.clock.stop("queue")
             job.ticket.set_running_or_notify_cancel()
         if len(jobs) > 1:
+            replies: list[Reply] = []
             try:
-                self._answer(jobs)
-            except Exception as error:  # raised again by whom it belongs to
+                self._answer(jobs, replies)
+            except BaseException as error:  # raised again by whom it belongs to
                 LOG.warning("a batch of %d failed and is run again one by one: %s", len(jobs), error)
                 forget_frames(error)
-                self._work.counters.retry()
+                lost = [reply for job, reply in zip(jobs, replies, strict=False) if not job.ticket.done()]
+                self._work.counters.retry(tokens_of(lost))
         for job in jobs:
             if not job.ticket.done():
                 self._run_alone(job)
 
     def _run_alone(self, job: Job) -> None:
         job.clock.stop("queue")  # a batch that failed was a way of waiting
+        replies: list[Reply] = []
         try:
-            self._answer([job])
-        except Exception as error:  # the ticket's result, like that of any executor's work
-            self._fail(job, error)
+            self._answer([job], replies)
+        except BaseException as error:  # the ticket's result, like that of any executor's work
+            self._fail(job, error, tokens_of(replies))
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
+    def _answer(self, jobs: Sequence[Job], replies: list[Reply]) -> None:
+        """Fills `replies`, which tell how far jobs came that end in an error."""
         answering = self._work.answer([job.request for job in jobs])
+        replies += answering.replies
         with closing(iter(answering)) as steps:
             for _ in steps:
                 self._hand_out(jobs, answering)
                 self._sweep()
-        self._hand_out(jobs, answering)
 
     def _hand_out(self, jobs: Sequence[Job], answering: Answering) -> None:
         """Each answer that is complete, while others go on."""
@@ -264,6 +275,11 @@ class Batching:
         forget_frames(error)
         self._work.counters.ended(error, 1, tokens, job.clock.stages)
         job.ticket.set_exception(error)
+
+
+def tokens_of(replies: Sequence[Reply]) -> int:
+    """How many they came to."""
+    return sum(len(reply.token_ids) for reply in replies)
 
 
 class _Patience(Control):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from engines.runtime.clock import Clock
 from engines.runtime.control import Control
@@ -39,6 +41,11 @@ class Ticket(Future[Generation]):
         """Whether it was called off."""
         return self.done() and isinstance(self.exception(), RequestCancelled)
 
+    def add_done_callback(self, fn: Callable[[Future[Generation]], object]) -> None:
+        """As of any Future, which logs what `fn` raises and goes on: SystemExit and the like too, but in the main
+        thread."""
+        super().add_done_callback(partial(_call, fn))
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -61,6 +68,16 @@ class Job:
         except FlowCutError as error:
             return error
         return None
+
+
+def _call(callback: Callable[[Future[Generation]], object], ticket: Future[Generation]) -> None:
+    """A Future lets whatever is no Exception end the thread, and with it everybody's answers."""
+    try:
+        callback(ticket)
+    except BaseException as error:
+        if isinstance(error, Exception) or threading.current_thread() is threading.main_thread():
+            raise
+        raise RuntimeError(f"a ticket's callback raised {type(error).__name__}") from error
 
 
 def together(jobs: Iterable[Job], limits: Limits) -> list[Job]:

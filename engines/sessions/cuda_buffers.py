@@ -83,8 +83,9 @@ class TrtTensor:
         """See DeviceTensor. Takes pinned memory for itself: not for the path of a request."""
         self.device.set_current()
         staging = self.device.pinned(self.buffer.size)
-        staging.copy_from(self.buffer, stream=self.device.side)
-        self.device.side.sync()
+        with self.device.errors("copying a tensor to the host"):
+            staging.copy_from(self.buffer, stream=self.device.side)
+            self.device.side.sync()
         array: Array = host_bytes(staging)[: bytes_of(self)].view(self.dtype).reshape(self.shape).copy()
         return array
 
@@ -95,9 +96,10 @@ class TrtTensor:
         self.device.set_current()
         size = bytes_of(self) // self.shape[0]
         rows = [self.rows.lend((1, *self.shape[1:]), self.dtype) for _ in range(self.shape[0])]
-        for i, row in enumerate(rows):
-            row.buffer.copy_from(self.device.part(self.buffer, i * size, size), stream=self.device.side)
-        self.device.side.sync()
+        with self.device.errors("copying a tensor's rows"):
+            for i, row in enumerate(rows):
+                row.buffer.copy_from(self.device.part(self.buffer, i * size, size), stream=self.device.side)
+            self.device.side.sync()
         return list(rows)
 
 
@@ -164,8 +166,9 @@ class Slot:
 
     def clear(self, batch: int) -> None:
         """Zero the cache of `batch` sequences: a masked NaN of an earlier request would spoil attention."""
-        for spec, _ in self._pairs:
-            self.cache.part(spec.name, bytes_for(spec, {"batch": batch})).fill(0, stream=self.copies)
+        with self._device.errors("clearing the KV cache"):
+            for spec, _ in self._pairs:
+                self.cache.part(spec.name, bytes_for(spec, {"batch": batch})).fill(0, stream=self.copies)
 
     def put(self, name: str, value: Feed) -> None:
         """Start copying an input into its place."""
@@ -186,9 +189,17 @@ class Slot:
         self.staging.part(spec.name, size).copy_from(self.memory.part(spec.name, size), stream=self.copies)
         return self.staging.array(spec.name, spec.shape(sizes), np.dtype(spec.dtype))
 
-    def keep(self, spec: TensorSpec, sizes: Mapping[str, int], pool: Pool) -> TrtTensor:
-        """Start copying an output to memory of its own: the next run of this slot writes to the same place."""
-        tensor = pool.lend(spec.shape(sizes), np.dtype(spec.dtype))
+    def keep(self, spec: TensorSpec, sizes: Mapping[str, int], pool: Pool | None) -> TrtTensor:
+        """Start copying an output to memory of its own: the next run of this slot writes to the same place.
+
+        Args:
+            pool: None where nothing was set aside, so that memory is allocated now.
+        """
+        shape, dtype = spec.shape(sizes), np.dtype(spec.dtype)
+        if pool is None:
+            tensor = TrtTensor(self._device, self._device.allocate(bytes_for(spec, sizes)), shape, dtype)
+        else:
+            tensor = pool.lend(shape, dtype)
         tensor.buffer.copy_from(self.memory.part(spec.name, tensor.buffer.size), stream=self.copies)
         return tensor
 
@@ -209,8 +220,9 @@ def placed(device: CudaDevice, array: Array) -> TrtTensor:
     source = np.ascontiguousarray(array)
     buffer, staging = device.allocate(source.nbytes), device.pinned(source.nbytes)
     host_bytes(staging)[:] = source.reshape(-1).view(np.uint8)
-    buffer.copy_from(staging, stream=device.side)
-    device.side.sync()
+    with device.errors("copying an array to the device"):
+        buffer.copy_from(staging, stream=device.side)
+        device.side.sync()
     return TrtTensor(device, buffer, source.shape, source.dtype)
 
 

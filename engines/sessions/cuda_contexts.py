@@ -18,6 +18,8 @@ from engines.sessions.cuda_device import CudaDevice
 from engines.sessions.runtime_cache import RuntimeCache
 
 LOG = logging.getLogger("flowcut.tensorrt")
+ATTEMPTS = 2
+"""To capture a step: another thread may have spoiled the first, or the library had something left to prepare."""
 Check = Callable[[bool, str], None]
 """Raises EngineError where the library did not do what it was told."""
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,7 +33,7 @@ class Execution:
     """
 
     def __init__(self, context: Any, addresses: Mapping[str, int], check: Check, captured: bool) -> None:
-        self.context, self._check, self._captured = context, check, captured
+        self.context, self._check, self._attempts = context, check, ATTEMPTS if captured else 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._settled, self._graph = False, None
         for name, address in addresses.items():
@@ -47,9 +49,9 @@ class Execution:
 
     def enqueue(self, stream: Any) -> None:
         """Put the execution on the stream."""
-        if self._captured and self._settled and self._graph is None:
+        if self._attempts and self._settled and self._graph is None:
+            self._attempts -= 1
             self._graph = self._capture(stream)
-            self._captured = self._graph is not None
         if self._graph is not None:
             self._graph.launch(stream)
         else:
@@ -67,7 +69,8 @@ class Execution:
                 builder.end_building()
             return builder.complete()
         except Exception as error:  # of CUDA, by whatever the library did that cannot be captured
-            LOG.warning("decode steps run without a CUDA graph: %s", " ".join(str(error).split()))
+            level = logging.INFO if self._attempts else logging.WARNING
+            LOG.log(level, "decode steps run without a CUDA graph: %s", " ".join(str(error).split()))
             return None
         finally:
             builder.close()
@@ -76,7 +79,8 @@ class Execution:
 class Contexts:
     """Makes the contexts of one engine.
 
-    They share their scratch memory, which no two use at once: all that computes is on one stream.
+    They share their scratch memory, which no two use at once: all that computes is on one stream. Another engine's
+    contexts have theirs.
 
     Args:
         graphs: whether repeated work becomes CUDA graphs.

@@ -1,7 +1,8 @@
 """The GPU as the TensorRT sessions use it: one device, streams, memory and events, through cuda.core.
 
 All that is computed goes through one stream, `compute`, in the order of `lock`. Whoever copies has a stream of its own
-and orders the two with events, so that one request's copies run beside another's execution.
+and orders the two with events, so that one request's copies run beside another's execution. Nobody waits for `compute`
+itself: whoever holds the lock may be capturing a graph on it, which that would break.
 """
 
 from __future__ import annotations
@@ -9,11 +10,16 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.listeners import BuildLog, make_logger
 from flowcut.errors import EngineError, FlowCutError
 
 LOG = logging.getLogger("flowcut.tensorrt")
@@ -39,13 +45,23 @@ def cuda_core(backend: str) -> Any:
         ) from None
 
 
+@lru_cache(maxsize=2)  # there are two libraries
+def _logger(trt: ModuleType) -> tuple[Any, BuildLog]:
+    """One for the process: a library warns of every logger but the first that it was given."""
+    log = BuildLog()
+    return make_logger(trt, log, lambda _, *record: LOG.log(*record), logging.DEBUG), log
+
+
 class CudaDevice:
     """The first GPU, shared by the sessions of an engine.
 
     Attributes:
-        compute: the stream of everything that computes. Sessions share scratch memory on the strength of its order.
+        compute: the stream of everything that computes. The contexts of a session share their scratch memory on the
+            strength of its order.
         side: for copies that belong to no run: constants, rows, tensors that somebody looks at.
-        lock: held while work is put on `compute`, never while somebody waits for it.
+        lock: held while work is put on `compute`, and by nobody who waits for a copy. What the library does in that
+            call takes as long as it takes: TensorRT-RTX compiles there, a CUDA graph is made there, and with a
+            profiler the execution itself is waited for.
 
     Raises:
         FlowCutError: cuda-core is not installed.
@@ -61,6 +77,7 @@ class CudaDevice:
         except Exception as error:  # of the driver's loader or of CUDA, by what is missing
             LOG.debug("cuda.core: %s", error)
             raise no_gpu(backend) from error
+        self._runtimes: dict[ModuleType, Any] = {}
         self.compute, self.side = self.stream(), self.stream()
         self._pinned = self.cuda.LegacyPinnedMemoryResource()
 
@@ -69,27 +86,50 @@ class CudaDevice:
         """The compute capability as TensorRT names it: "sm90"."""
         return f"sm{self._device.arch}"
 
+    def runtime(self, trt: ModuleType) -> tuple[Any, BuildLog]:
+        """The library's IRuntime, one for all engines on this device, and what it says."""
+        logger, log = _logger(trt)
+        if trt not in self._runtimes:
+            self._runtimes[trt] = trt.Runtime(logger)
+        return self._runtimes[trt], log
+
+    @contextmanager
+    def errors(self, what: str) -> Iterator[None]:
+        """Around calls of cuda.core: what they raise becomes an EngineError about `what`."""
+        try:
+            yield
+        except Exception as error:
+            if not type(error).__module__.startswith("cuda."):
+                raise
+            raise EngineError(f"{what} failed on the GPU: {' '.join(str(error).split())}.") from error
+
     def set_current(self) -> None:
         """CUDA's current device belongs to a thread: call this in each before anything else."""
-        self._device.set_current()
+        with self.errors("making the device current"):
+            self._device.set_current()
 
     def stream(self) -> Any:
         """A new one, which waits for no other unless told to."""
-        return self._device.create_stream()
+        with self.errors("making a stream"):
+            return self._device.create_stream()
 
     def event(self, timed: bool = False) -> Any:
         """One that may be recorded again and again; the difference of two timed ones is milliseconds."""
-        return self._device.create_event(self.cuda.EventOptions(timing_enabled=timed))
+        with self.errors("making an event"):
+            return self._device.create_event(self.cuda.EventOptions(timing_enabled=timed))
 
     def allocate(self, size_bytes: int) -> Any:
-        """Memory on the device, for any stream. Waits for `compute`: for the time of loading only.
+        """Memory on the device, for any stream. Waits for what is on `compute`: for the time of loading only.
 
         Raises:
             EngineError: the device is full.
         """
         try:
-            buffer = self._device.allocate(size_bytes, stream=self.compute)
-            self.compute.sync()
+            with self.lock:
+                buffer = self._device.allocate(size_bytes, stream=self.compute)
+                there = self.compute.record()
+            self.side.wait(there)
+            self.side.sync()
         except Exception as error:
             raise EngineError(
                 f"the GPU must have {size_bytes} bytes free, got: {' '.join(str(error).split())}. Free its memory, "
@@ -100,7 +140,8 @@ class CudaDevice:
 
     def pinned(self, size_bytes: int) -> Any:
         """Memory on the host that the device can copy from and to while the host goes on."""
-        return self._pinned.allocate(size_bytes)
+        with self.errors(f"pinning {size_bytes} bytes of the host's memory"):
+            return self._pinned.allocate(size_bytes)
 
     def part(self, buffer: Any, offset: int, size_bytes: int) -> Any:
         """Some bytes of a buffer, which stays alive with them: copies take buffers of equal size."""

@@ -194,13 +194,18 @@ class OrtSession:
 
 def placed(array: Array, device: str) -> OrtTensor:
     """A copy of an array on a device of ONNX Runtime's."""
-    value = require("onnxruntime", extra="cpu").OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
+    return _wrapped(np.array(array, order="C") if device == "cpu" else np.ascontiguousarray(array), device)
+
+
+def _wrapped(array: Array, device: str) -> OrtTensor:
+    """On the CPU in the array's own memory, which the OrtValue keeps alive."""
+    value = require("onnxruntime", extra="cpu").OrtValue.ortvalue_from_numpy(array, device)
     return OrtTensor(value, array.shape, array.dtype, device)
 
 
 def _joined(tensors: Sequence[DeviceTensor], device: str) -> DeviceTensor:
     """On CUDA by way of the host: ONNX Runtime has no call that copies within the device."""
-    return tensors[0] if len(tensors) == 1 else placed(np.concatenate([each.numpy() for each in tensors]), device)
+    return tensors[0] if len(tensors) == 1 else _wrapped(np.concatenate([each.numpy() for each in tensors]), device)
 
 
 def _bind_array(binding: Any, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,23 +118,33 @@ class Session(Protocol):
         """
 
 
+class _Ports(NamedTuple):
+    """A contract's tensors, sorted out."""
+
+    pairs: tuple[tuple[TensorSpec, str], ...]
+    feeds: tuple[TensorSpec, ...]
+    results: tuple[TensorSpec, ...]
+
+
 def state_pairs(contract: GraphContract) -> list[tuple[TensorSpec, str]]:
     """Cache inputs, each with the name of the output that shares its memory; none for a graph without a cache."""
-    inputs, layers = {s.name: s for s in contract.inputs}, cached_layers(contract)
-    names = (pair for layer in layers for pair in zip(past_names(layer), present_names(layer), strict=True))
-    return [(inputs[past], present) for past, present in names]
+    return list(_ports(contract).pairs)
 
 
 def feeds_of(contract: GraphContract) -> list[TensorSpec]:
     """Inputs that are not the cache."""
-    cache = {spec.name for spec, _ in state_pairs(contract)}
-    return [s for s in contract.inputs if s.name not in cache]
+    return list(_ports(contract).feeds)
 
 
 def results_of(contract: GraphContract) -> list[TensorSpec]:
     """Outputs that are not the cache."""
-    cache = {present for _, present in state_pairs(contract)}
-    return [s for s in contract.outputs if s.name not in cache]
+    return list(_ports(contract).results)
+
+
+def taken_by_others(contract: GraphContract) -> list[TensorSpec]:
+    """Outputs that another graph of the engine takes: the ones to expect in `keep`."""
+    pictures, hidden = ("image_embeds", "image_lengths"), "hidden."
+    return [spec for spec in results_of(contract) if spec.name in pictures or spec.name.startswith(hidden)]
 
 
 def sizes_of(contract: GraphContract, feeds: Mapping[str, Feed], state: State | None) -> dict[str, int]:
@@ -168,6 +178,25 @@ def shape_of(value: Feed) -> tuple[int, ...]:
 def bytes_of(tensor: Array | DeviceTensor) -> int:
     """Memory that its elements take."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _ports(contract: GraphContract) -> _Ports:
+    """Sorted out once and kept with the contract, which never changes: every step of an answer asks several times."""
+    known = vars(contract)
+    if (ports := known.get("_ports")) is None:
+        ports = known["_ports"] = _sorted_out(contract)
+    return cast(_Ports, ports)
+
+
+def _sorted_out(contract: GraphContract) -> _Ports:
+    inputs, layers = {s.name: s for s in contract.inputs}, cached_layers(contract)
+    names = [pair for layer in layers for pair in zip(past_names(layer), present_names(layer), strict=True)]
+    cache = {name for pair in names for name in pair}
+    return _Ports(
+        tuple((inputs[past], present) for past, present in names),
+        tuple(s for s in contract.inputs if s.name not in cache),
+        tuple(s for s in contract.outputs if s.name not in cache),
+    )
 
 
 def _measure(contract: GraphContract, spec: TensorSpec, value: Feed, sizes: dict[str, int]) -> None:

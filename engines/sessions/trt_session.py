@@ -1,8 +1,12 @@
 """A session on TensorRT or TensorRT-RTX: one implementation, the module is a parameter.
 
-All memory is allocated here, when the engine is loaded. A request occupies one of `concurrency` slots, with places for
+Buffers are allocated here, when the engine is loaded. A request occupies one of `concurrency` slots, with places for
 whatever goes in and out, and its KV cache. So its inputs are copied while another request computes, and its outputs
 while the next one does: what they share is the stream that computes, and its lock only while work is put there.
+
+What a request may still add is bounded and made once: the first decode step of each batch size in each slot makes its
+execution context, the second its CUDA graph, and both take memory of the device that is not counted here. TensorRT-RTX
+does the same by itself, and compiles kernels for shapes that are new to it.
 
 Written against the documented API of TensorRT and of cuda.core, and tested with a stand-in for both; it has not been
 run on a GPU yet.
@@ -22,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from engines.backends import trt_module
-from engines.listeners import BuildLog, make_logger, make_profiler
+from engines.listeners import make_profiler
 from engines.options import Options
 from engines.profiles import NUMPY_NAMES, check_tensors
 from engines.sessions.cuda_buffers import Pool, Slot, TrtTensor, bytes_for, greatest, placed
@@ -40,6 +44,7 @@ from engines.sessions.session import (
     shape_of,
     sizes_of,
     state_pairs,
+    taken_by_others,
 )
 from flowcut.contract import GraphContract, TensorSpec
 from flowcut.errors import EngineError
@@ -98,10 +103,8 @@ class TrtSession:
     ) -> None:
         self.contract, self.device = contract, device
         self._trt = trt_module(backend)
-        self._log = BuildLog()
-        self._logger = make_logger(self._trt, self._log, lambda _, *record: LOG.log(*record), LOG.getEffectiveLevel())
         device.set_current()
-        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime, self._log = device.runtime(self._trt)
         engine: Any = self._load(path)
         self._engine, self._plan_bytes = engine, path.stat().st_size
         self._check_tensors()
@@ -115,10 +118,11 @@ class TrtSession:
         # Two for a graph that remembers nothing: one computes while the inputs of the next are copied.
         count = options.concurrency if state_pairs(contract) else min(2, options.concurrency)
         self._places = [Place(Slot(device, contract), self._contexts, self._check) for _ in range(count)]
-        self._idle: queue.SimpleQueue[Place] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Place | None] = queue.SimpleQueue()  # None: closed
         for place in self._places:
             self._idle.put(place)
         self._pools = self._make_pools(options)
+        self._cache_shapes: dict[int, dict[str, tuple[int, ...]]] = {}
 
     def allocate_state(self, batch: int) -> TrtState:
         """See Session.
@@ -165,12 +169,19 @@ class TrtSession:
         }
 
     def close(self) -> None:
-        """See Session. Memory of tensors and states that somebody still holds goes with them."""
+        """See Session. Memory of tensors and states that somebody still holds goes with them.
+
+        It goes to cuda.core's pool, from which the next engine of this process takes it; other processes get it when
+        this one ends.
+        """
         if not self._places:
             return
         if self._save is not None:
             self._save()
-        self._places, self._pools, self._idle = [], {}, queue.SimpleQueue()
+        waited_for, self._idle = self._idle, queue.SimpleQueue()
+        self._places, self._pools = [], {}
+        for idle in (self._idle, waited_for):
+            idle.put(None)
         del self._contexts, self._engine, self._runtime
 
     def run(self, feeds: Mapping[str, Feed], state: State | None = None, keep: Collection[str] = ()) -> Result:
@@ -191,7 +202,7 @@ class TrtSession:
         slot.copies.record(slot.ready)
         execution = place.execution(self._step_of(sizes))
         execution.shape({name: shape_of(value) for name, value in feeds.items()})
-        execution.shape({spec.name: spec.shape(sizes) for spec, _ in state_pairs(self.contract)})
+        execution.shape(self._shapes_of_cache(sizes))
         compute = self.device.compute
         with self.device.lock:
             compute.wait(slot.ready)
@@ -202,7 +213,7 @@ class TrtSession:
         arrays, kept = dict[str, Array](), dict[str, DeviceTensor]()
         for spec in results_of(self.contract):
             if spec.name in keep:
-                kept[spec.name] = slot.keep(spec, sizes, self._pools[spec.name])
+                kept[spec.name] = slot.keep(spec, sizes, self._pools.get(spec.name))
             else:
                 arrays[spec.name] = slot.fetch(spec, sizes)
         slot.copies.sync()
@@ -212,15 +223,15 @@ class TrtSession:
         engine = self._runtime.deserialize_cuda_engine(np.memmap(path, dtype=np.uint8, mode="r"))
         if engine is None:
             raise EngineError(
-                f"{path} could not be loaded by {self._trt.__name__}: {self._log.reasons()}. {REMEDY}. Or build it "
+                f"{path} could not be loaded by {self._trt.__name__}: {self._log.take()}. {REMEDY}. Or build it "
                 "again with the installed version, for this GPU."
             )
         return engine
 
     def _make_pools(self, options: Options) -> dict[str, Pool]:
-        """For outputs that are kept. Where one has a row for each picture, rows for those that the picture cache has
-        room for, and for those of the requests at work."""
-        most, pools, results = greatest(self.contract), dict[str, Pool](), results_of(self.contract)
+        """For outputs that other graphs take. Where one has a row for each picture, rows for those that the picture
+        cache has room for, and for those of the requests at work."""
+        most, pools, results = greatest(self.contract), dict[str, Pool](), taken_by_others(self.contract)
         count, advice = options.concurrency, "Let go of earlier ones, or load the engine with a greater"
         rows_of = {} if state_pairs(self.contract) else {s.name: bytes_for(s, most | {"images": 1}) for s in results}
         held = options.picture_cache_mb * 10**6 // max(rows_of.values(), default=1) + count * most.get("images", 0)
@@ -239,13 +250,20 @@ class TrtSession:
         least = all(size == ranges[name].min for name, size in sizes.items() if name != "batch")
         return sizes["batch"] if least and self._contexts.graphs and "batch" in sizes else None
 
+    def _shapes_of_cache(self, sizes: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
+        """By batch size, which is all that they depend on."""
+        if (batch := sizes.get("batch", 0)) not in self._cache_shapes:
+            self._cache_shapes[batch] = {spec.name: spec.shape(sizes) for spec, _ in state_pairs(self.contract)}
+        return self._cache_shapes[batch]
+
     def _take_place(self) -> Place:
         self._check_open()
+        idle = self._idle
         with suppress(queue.Empty):
-            return self._idle.get_nowait()
+            return self._opened(idle, idle.get_nowait())
         gc.collect()  # an error that somebody looks at may hold a state in a cycle
         with suppress(queue.Empty):
-            return self._idle.get(timeout=WAIT_S)
+            return self._opened(idle, idle.get(timeout=WAIT_S))
         raise EngineError(
             f"requests with a KV cache on the GPU must be at most {len(self._places)} at once (load_engine's "
             "concurrency), got one more. A Prefill keeps its cache for as long as it is held: let go of earlier ones, "
@@ -259,24 +277,35 @@ class TrtSession:
         elif state is not None:
             raise EngineError(f"{self.contract.name} must be run with a state that it allocated, got another's.")
         else:
-            place = self._idle.get()
+            idle = self._idle
+            place = self._opened(idle, idle.get())
             try:
                 yield place
             finally:
-                self._idle.put(place)
+                idle.put(place)
+
+    def _opened(self, idle: queue.SimpleQueue[Place | None], got: Place | None) -> Place:
+        """What somebody has waited for, unless the session was closed meanwhile."""
+        if got is None or not self._places:
+            idle.put(None)  # for the next who waits
+            self._check_open()
+            raise RuntimeError("only a closed session's places end")
+        return got
 
     @contextmanager
     def _unharmed(self, slot: Slot) -> Iterator[None]:
         """Leave nothing under way that would write into the slot of the next request, whatever ended this one."""
         try:
-            yield
-        except BaseException as error:
-            with suppress(Exception):  # of a GPU that is lost: `error` says more
-                self.device.compute.sync()
+            with self.device.errors(self.contract.name):
+                yield
+        except BaseException:
+            # What a lost GPU says to each of these, the error has said already.
+            with suppress(Exception), self.device.lock:
+                self.device.compute.record(slot.end)
+            with suppress(Exception):
+                slot.copies.wait(slot.end)
+            with suppress(Exception):
                 slot.copies.sync()
-            if type(error).__module__.startswith("cuda."):
-                reason = " ".join(str(error).split())
-                raise EngineError(f"{self.contract.name} failed on the GPU: {reason}.") from error
             raise
 
     def _check_open(self) -> None:
@@ -306,4 +335,4 @@ class TrtSession:
 
     def _check(self, succeeded: bool, what: str) -> None:
         if not succeeded:
-            raise EngineError(f"{self.contract.name}: {self._trt.__name__} did not {what}: {self._log.reasons()}.")
+            raise EngineError(f"{self.contract.name}: {self._trt.__name__} did not {what}: {self._log.take()}.")

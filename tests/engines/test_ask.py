@@ -13,7 +13,8 @@ from PIL import Image
 from engines import ask as module
 from engines.ask import ANSWER_TOKENS, STAGES, Question, ask
 from engines.options import Options
-from engines.runtime.engine import Generation, LlavaEngine, Sampling
+from engines.runtime.engine import Generation, LlavaEngine
+from engines.runtime.sampling import Sampling
 from flowcut.chat import ChatTemplate, default_template
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.errors import ConfigError, InputError
@@ -52,6 +53,39 @@ def test_the_first_answer_is_shown_and_not_timed() -> None:
     assert answer.prompt_tokens == 41
     assert answer.latency_ms.keys() == set(STAGES)
     assert all(values == {"median": 35.0, "p90": 47.0, "n": 4} for values in answer.latency_ms.values())
+
+
+class Streaming(Engine):
+    """Answers in two pieces, and tells when its stream has ended."""
+
+    ended = False
+
+    def stream(self, images: Any, prompt: str, sampling: Sampling) -> Any:
+        try:
+            yield SimpleNamespace(text="an")
+            yield SimpleNamespace(text="swer")
+        finally:
+            self.ended = True
+        return self.generate(images, prompt, sampling)
+
+
+def test_the_first_answer_is_shown_as_it_comes() -> None:
+    engine, shown = Streaming(), list[str]()
+    assert ask(cast(LlavaEngine, engine), Question((), "p"), shown.append).generation.texts == ["answer 1"]
+    assert shown == ["an", "swer"]
+
+
+@pytest.mark.parametrize("kind", [BrokenPipeError, KeyboardInterrupt, StopIteration])
+def test_a_stream_that_cannot_be_shown_is_closed(kind: type[BaseException]) -> None:
+    engine = Streaming()
+
+    def show(text: str) -> None:
+        raise kind
+
+    with pytest.raises(kind) as caught:
+        ask(cast(LlavaEngine, engine), Question((), "p"), show)
+    assert engine.ended
+    assert caught.traceback[-1].name == "show"
 
 
 def test_a_stage_that_no_run_had_has_no_latency() -> None:

@@ -20,7 +20,7 @@ from engines import pipeline
 from engines.runtime.engine import load_engine
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.deps import available
-from flowcut.errors import EngineError
+from flowcut.errors import ConfigError, EngineError
 
 RTX = available("tensorrt_rtx")
 OLD, NEW = 8, 16
@@ -81,7 +81,7 @@ def state(target: Path, old: dict[str, bytes | None], load: bool) -> str:
     return "new"
 
 
-def run_signal(target: Path, draw: random.Random, backend: str, begun: str) -> list[int]:
+def run_signal(target: Path, draw: random.Random, backend: str, begun: str) -> dict[int, int]:
     """A signal at any time, or soon after a file of that name begins to grow."""
     build = start("-m", "flowcut", *command(target, NEW, backend))
     delay = draw.uniform(0, 1.5)
@@ -93,11 +93,11 @@ def run_signal(target: Path, draw: random.Random, backend: str, begun: str) -> l
         build.wait(delay)
     except subprocess.TimeoutExpired:
         build.send_signal(draw.choice(SIGNALS))
-    return [ended(build, killed=True)]
+    return {build.pid: ended(build, killed=True)}
 
 
-def run_round(way: Way, target: Path, steps: int, draw: random.Random) -> list[int]:
-    """One build or two, and how they ended."""
+def run_round(way: Way, target: Path, steps: int, draw: random.Random) -> dict[int, int]:
+    """One build or two, by their processes, and how they ended."""
     if way == "signal":
         return run_signal(target, draw, "ort", draw.choice(["", "vision.onnx.data", "language.onnx.data"]))
     if way == "rtx":
@@ -107,7 +107,7 @@ def run_round(way: Way, target: Path, steps: int, draw: random.Random) -> list[i
     else:
         faults = [(draw.randrange(1, steps + 1), draw.choice(FAULTS))]
     builds = [start_hurt(target, number, how) for number, how in faults]
-    return [ended(build, killed=how == "kill") for build, (_, how) in zip(builds, faults, strict=True)]
+    return {build.pid: ended(build, killed=how == "kill") for build, (_, how) in zip(builds, faults, strict=True)}
 
 
 def kill_builds(root: Path, count: int, seed: int, rtx_every: int) -> Counter[str]:
@@ -125,8 +125,10 @@ def kill_builds(root: Path, count: int, seed: int, rtx_every: int) -> Counter[st
         restore(target, old)
         codes = run_round(way, target, steps, draw)
         states[state(target, old, load=number % 4 == 0)] += 1
-        if codes == [0]:
+        if list(codes.values()) == [0]:
             assert names(root) == ["engine"], way
+        for process, code in codes.items():
+            assert code < 0 or not list(root.glob(f".*.{process}.*")), f"{way}: {code}, left {names(root)}"
     assert ended(start("-m", "flowcut", *command(target, NEW)), killed=False) == 0
     assert names(root) == ["engine"]
     return states
@@ -170,6 +172,31 @@ def test_leftovers_are_gone_before_the_free_space_is_measured(tmp_path: Path, mo
         pipeline.build_directory(
             pipeline.BuildSettings("llava-tiny", backend="ort", out=tmp_path / "engine"), Progress()
         )
+
+
+def test_build_that_fails_at_once_brings_back_what_a_killed_one_had_moved_aside(tmp_path: Path) -> None:
+    (tmp_path / ".engine.4000000.0a1b2c3d.old").mkdir()
+    (tmp_path / ".engine.4000000.0a1b2c3d.old" / "text").write_text("old")
+    with pytest.raises(ConfigError):
+        pipeline.build_directory(
+            pipeline.BuildSettings(str(tmp_path / "absent"), backend="ort", out=tmp_path / "engine"), Progress()
+        )
+    assert files(tmp_path) == {"engine": None, "engine/text": b"old"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's prctl")
+def test_child_that_reads_nothing_dies_with_its_parent() -> None:
+    """As a compiler that holds Python's lock for minutes, in which no thread sees the pipe end."""
+    child = (
+        "from engines.child import die_with_parent; import time; die_with_parent(); "
+        "print('ready', flush=True); time.sleep(60); print('outlived its parent')"
+    )
+    parent = start("-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    stdout, _ = parent.communicate()  # both write to it: its end is the child's
+    assert stdout == ""
 
 
 @pytest.mark.skipif(not RTX, reason="needs the rtx extra (tensorrt-rtx-cu13)")

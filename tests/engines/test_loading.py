@@ -103,8 +103,28 @@ def test_a_changed_plan_of_a_stage_is_refused(tmp_path: Path, monkeypatch: pytes
 def test_a_stage_that_no_manifest_names_is_refused(tmp_path: Path) -> None:
     directory = write_engine(tmp_path / "engine", stages=2).directory
     write_manifest(directory, replace(read_manifest(directory), stages=3))
-    with pytest.raises(EngineError, match=r"language\.2\.onnx: not in the manifest"):
+    with pytest.raises(EngineError, match=r"language\.2\.onnx: neither in the manifest nor there"):
         load_engine(directory)
+
+
+def test_a_directory_that_is_replaced_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest is of the old one, what was opened of the new one, and nobody hashed that."""
+    directory, newer = (write_engine(tmp_path / name).directory for name in ("engine", "newer"))
+    really = loading._sessions
+
+    def replaced_before(*arguments: Any) -> Any:
+        directory.rename(tmp_path / "older")
+        newer.rename(directory)
+        return really(*arguments)
+
+    monkeypatch.setattr(loading, "_sessions", replaced_before)
+    with pytest.raises(EngineError) as caught:
+        load_engine(directory)
+    assert str(caught.value) == f"{directory} was replaced while it was being loaded. Load it again."
+    monkeypatch.setattr(loading, "_sessions", really)
+    assert load_engine(directory, threads=1).generate([], "hello", Sampling(2)).token_ids
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,8 +17,9 @@ from engines import load_engine, report
 from engines.ask import STAGES, Answer, Question, Summary, ask
 from engines.prune_result import Outcome, Pruned
 from engines.runtime.engine import Generation
+from engines.trust import Check
 from flowcut.aliases import ASSETS
-from flowcut.artifacts import read_manifest
+from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.schedule import make_schedule, pruning_points
 
@@ -123,6 +125,21 @@ def test_one_longest_prompt_is_said_where_nothing_is_dropped_inside_the_decoder(
     tiny = write_engine(tmp_path / "e", tokens=48)
     report.inspected(console, tiny.directory, read_manifest(tiny.directory))
     assert "prompt 64 tokens, answer 32 tokens" in console.export_text()
+
+
+def test_what_a_stranger_wrote_cannot_steer_the_terminal(console: Console, tmp_path: Path) -> None:
+    evil = "a\x1b[2Jb\x1b]0;c\x07"
+    directory = write_engine(tmp_path / "e", backend="rtx").directory
+    (directory / f"file{evil}").touch()
+    named = {name: name + evil for name in ("model", "note", "source_sha256", "created", "command")}
+    many = {"versions": {"lib": evil}, "compute_capabilities": (evil,)}
+    manifest = write_manifest(directory, replace(read_manifest(directory), **named, **many))
+    report.inspected(console, directory, manifest)
+    report.checked(console, [Check("GPU", "differs", f"must be {evil}")])
+    report._say_note(console, manifest)
+    shown = console.export_text()
+    assert "\x1b" not in shown
+    assert shown.count(r"a\x1b[2Jb\x1b]0;c\x07") >= 8
 
 
 def test_what_the_language_model_leaves_is_said_picture_by_picture(console: Console) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,9 @@ from tiny_engine import write_engine
 
 from engines import load_engine, loading, trust
 from engines.inspection import inspect_directory
-from engines.trust import OLDEST_ONNXRUNTIME, checks_here
+from engines.trust import OLDEST_ONNXRUNTIME, check_content, checks_here
 from flowcut.artifacts import Manifest, read_manifest, write_manifest
-from flowcut.errors import EngineError
+from flowcut.errors import EngineError, FlowCutError
 
 COMMAND = "flowcut engine llava-tiny --backend rtx"
 LIBRARIES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
@@ -113,6 +115,24 @@ def test_for_a_gpu_that_cannot_be_named_the_command_names_none(
 
 
 @pytest.mark.usefixtures("gpu", "nothing_is_opened")
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [
+        ("m --out '/e --compute-capability sm86'", "m --out '/e --compute-capability sm86'"),
+        ("m --compute-capability sm86 --compute-capability sm89 --out e", "m --out e"),
+        ("m --out 'e", "m --out 'e"),  # which no build wrote
+    ],
+)
+def test_a_path_in_the_command_stays_as_it_is(
+    directory: Path, recorded: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_gpu, "SM", 90)
+    monkeypatch.setattr(trust, "target_capabilities", lambda module: {})
+    rewrite(directory, compute_capabilities=("sm86",), command=recorded)
+    assert refused(directory).endswith(f"got sm90. Build it again: {said}")
+
+
+@pytest.mark.usefixtures("gpu", "nothing_is_opened")
 def test_full_tensorrt_compiles_for_the_gpu_at_hand(built: dict[str, Path], tmp_path: Path) -> None:
     """So its command is as it was."""
     directory = shutil.copytree(built["trt"], tmp_path / "engine")
@@ -174,6 +194,58 @@ def test_an_onnx_runtime_that_cannot_run_the_graphs_is_refused(
 ) -> None:
     monkeypatch.setattr(trust, "require", lambda name, extra: SimpleNamespace(__version__=version))
     assert refused(built["ort"]) == f"onnxruntime must be at least 1.30, got {version}. Install a later one."
+
+
+ABSENT = "is not installed. In the checkout, `make setup` installs everything, pip install -e '.[x]' what is missing."
+
+
+def lacking(name: str) -> Callable[[str, str], Any]:
+    """flowcut.deps.require where one library is missing."""
+
+    def require(module: str, extra: str) -> Any:
+        if module == name:
+            raise FlowCutError(f"{name} {ABSENT}")
+        return importlib.import_module(module)
+
+    return require
+
+
+def test_what_a_missing_onnx_runtime_takes_is_said_whole(
+    built: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trust, "require", lacking("onnxruntime"))
+    assert refused(built["ort"]) == f"onnxruntime {ABSENT}"
+    (check,) = (each for each in inspect_directory(built["ort"], check=True).checks if each.name == "onnxruntime")
+    assert check.detail == ABSENT.removesuffix(".")
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vision alone is bf16; not to be changed."""
+    return write_engine(tmp_path_factory.mktemp("bf16") / "e", precision="fp16", vision_precision="bf16").directory
+
+
+def test_bf16_on_a_cpu_needs_onnx_ir(bf16: Path, built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [each.name for each in inspect_directory(bf16, check=True).checks][-2:] == ["onnxruntime", "onnx_ir"]
+    assert inspect_directory(bf16, check=True).ok
+    monkeypatch.setattr(trust, "require", lacking("onnx_ir"))
+    assert refused(bf16) == f"onnx_ir {ABSENT}"
+    assert inspect_directory(built["ort"], check=True).ok
+    monkeypatch.setattr(trust, "on_cuda", lambda: True)  # whose provider may take bf16 as it is
+    assert inspect_directory(bf16, check=True).ok
+
+
+@pytest.mark.usefixtures("nothing_is_opened")
+def test_a_file_that_is_needed_is_said_once_and_as_it_is(directory: Path, gpu: fake_gpu.FakeGpu) -> None:
+    plan = directory / "vision.engine"
+    manifest = read_manifest(directory)
+    content = plan.read_bytes()
+    plan.unlink()
+    manifest = write_manifest(directory, manifest)  # without it
+    assert check_content(directory, manifest, "rtx") == ["vision.engine: neither in the manifest nor there"]
+    plan.write_bytes(content)
+    assert check_content(directory, manifest, "rtx") == ["vision.engine: not in the manifest"]
+    assert "vision.engine: not in the manifest." in refused(directory)
 
 
 @pytest.mark.parametrize("version", ["1.30.0", "1.31.0.dev20261001", "2.0"])

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import fake_gpu
 import numpy as np
 import onnx
 import onnxruntime
@@ -28,6 +29,7 @@ from engines.comparison import TOLERANCES, Judge, jaccard, relative_error
 from engines.numerics import CALIBRATION
 from engines.pipeline import BuildSettings, build_directory
 from engines.reference import ExportedWeights, TorchVision, choose
+from engines.trust import checks_here
 from engines.verify import print_report, verify
 from flowcut.aliases import ASSETS, resolve
 from flowcut.artifacts import read_manifest
@@ -373,6 +375,7 @@ def pretend_gpu(
         return tampered
 
     monkeypatch.setattr(module, "gpu_present", lambda: True)
+    monkeypatch.setattr(module, "checks_here", lambda manifest, backend: [])
     monkeypatch.setattr(module, "engine_runner", runner)
     return rehash(directory, backend="rtx")
 
@@ -504,6 +507,33 @@ def test_engines_of_a_changed_directory_are_not_run(engine: Path, monkeypatch: p
         )
 
 
+@pytest.mark.parametrize("what", ["tensorrt_rtx", "GPU"])
+def test_engines_of_another_version_or_gpu_are_not_run(
+    engine: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As load_engine refuses them."""
+    pretend_gpu(monkeypatch, engine, lambda outputs: pytest.fail("the engine was run"))
+    monkeypatch.setattr(module, "checks_here", checks_here)
+    fake_gpu.install(monkeypatch)
+    versions = {"tensorrt_rtx": "0.1" if what == "tensorrt_rtx" else fake_gpu.VERSION}
+    report = verify(rehash(engine, versions=versions, compute_capabilities=("sm86",)))
+    assert report.ok
+    for graph in ("vision", "language"):
+        found = row(report, graph, "tensorrt_rtx", "all")
+        assert found.verdict == "not run"
+        assert found.detail.startswith(f"{what} must be ")
+
+
+def test_engines_without_their_library_are_not_run(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(manifest: object, backend: str) -> None:
+        raise EngineError("tensorrt_rtx is not installed.")
+
+    pretend_gpu(monkeypatch, engine, lambda outputs: pytest.fail("the engine was run"))
+    monkeypatch.setattr(module, "checks_here", refuse)
+    report = verify(engine)
+    assert row(report, "vision", "tensorrt_rtx", "all").detail == "tensorrt_rtx is not installed."
+
+
 def test_rejects_an_engine_with_other_results(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def change(outputs: dict[str, np.ndarray]) -> None:
         if "logits" in outputs:
@@ -524,6 +554,7 @@ def test_rejects_an_engine_that_does_not_load(engine: Path, monkeypatch: pytest.
         return OnnxrtRunner(lambda: (_ for _ in ()).throw(RuntimeError("driver\ntoo old")), name="fake")
 
     monkeypatch.setattr(module, "gpu_present", lambda: True)
+    monkeypatch.setattr(module, "checks_here", lambda manifest, backend: [])
     monkeypatch.setattr(module, "engine_runner", runner)
     report = verify(rehash(engine, backend="rtx"))
     assert failed(report) == {("vision", "signature"), ("language", "signature")}
@@ -579,9 +610,10 @@ def test_reports_name_the_figures(build: Build) -> None:
     assert data["tolerance"]["values"] == data["vision_tolerance"]["values"] == 2e-2
     assert data["vision_tolerance"]["values_after_tie"] == 0.1
     console = Console(file=StringIO(), width=200)
-    print_report(console, replace(report, note="random weights"))
+    print_report(console, replace(report, note="random weights", model="a\x1b[2J"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "(random weights)" in text
+    assert "\x1b" not in text
     assert "2.0e-02" in text
 
 

@@ -198,7 +198,7 @@ def test_silent_hub_is_given_up_soon(tmp_path: Path) -> None:
         message, seconds = _resolve_through(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path)
     assert "no answer" in message or "timed out" in message
     assert "WEIGHTS=random" in message
-    assert seconds < 20  # it waits five; the rest is the start of Python on a busy machine
+    assert seconds < 60  # it waits five; the rest is the start of Python on a busy machine
 
 
 def test_dripping_hub_is_given_up_soon(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_dripping_hub_is_given_up_soon(tmp_path: Path) -> None:
     with _serve(_Drip) as endpoint:
         message, seconds = _resolve_through(endpoint, tmp_path)
     assert "no answer" in message
-    assert seconds < 20  # it waits five; the rest is the start of Python on a busy machine
+    assert seconds < 60  # it waits five; the rest is the start of Python on a busy machine
 
 
 def test_download_and_then_the_cache_alone(tmp_path: Path) -> None:

@@ -18,9 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowcut.artifacts import (
-    MANIFEST,
     SCHEMA,
-    FileRecord,
     Manifest,
     check_files,
     installed_versions,
@@ -33,6 +31,7 @@ from flowcut.artifacts import (
 from flowcut.config import LlavaConfig, TextConfig, VisionConfig
 from flowcut.contract import Limits
 from flowcut.errors import ConfigError, EngineError
+from flowcut.integrity import MANIFEST, FileRecord
 
 MANIFEST_OF_7B = Manifest(
     source="llava-1.5-7b",
@@ -43,7 +42,7 @@ MANIFEST_OF_7B = Manifest(
     geometry=LlavaConfig(VisionConfig(), TextConfig(vocab_size=32064), eos_token_ids=(2, 7)),
     tokens=64,
     llm_tokens=16,
-    schedule={"kind": "static", "keep": [576, 300, 64]},
+    schedule={"kind": "static", "patches": 576, "tokens": 64, "counts": [576, 300, 64]},
     precision="int4",
     vision_precision="int8",
     stages=2,
@@ -56,8 +55,31 @@ MANIFEST_OF_7B = Manifest(
     build_seconds={"vision": 18.25, "language": 4.0},
 )
 
+
+class Raw(str):
+    """JSON as it stands, rather than a string in it."""
+
+
 LEAVES = st.none() | st.booleans() | st.integers() | st.sampled_from(["", "rtx", "x"])
 KEYS = st.sampled_from(sorted(json.loads(MANIFEST_OF_7B.to_json())))
+HUGE = st.integers(300, 4200).map(
+    lambda digits: 10**digits
+)  # Python reads no more digits of JSON, and floats end at 308
+DEPTHS = st.sampled_from([100, 300, 500, 700, 900, 2000])
+
+
+def nested(depth: int) -> str:
+    """JSON of lists in lists; json.dumps would go no deeper than what is tested."""
+    return "[" * depth + "]" * depth
+
+
+def places(data: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Ways to every value in JSON data."""
+    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [path] * bool(path) + [way for key, value in inside for way in places(value, (*path, key))]
+
+
+PLACES = st.sampled_from(places(json.loads(MANIFEST_OF_7B.to_json())))
 
 
 def build(target: Path, **files: bytes) -> Manifest:
@@ -216,6 +238,10 @@ def test_missing_keys_are_named_wherever_they_are() -> None:
         (lambda d: d.update(compute_capabilities=[8.0]), r"compute_capabilities\[0\] must be str"),
         (lambda d: d["limits"].update(max_batch=0), "max_batch must be at least 1"),
         (lambda d: d["geometry"]["text"].update(hidden_size=4095), "hidden_size must be a multiple"),
+        (lambda d: d["schedule"].pop("counts"), "schedule must have the keys"),
+        (lambda d: d["schedule"].update(counts=[3]), "schedule.counts must fall from at most 576 to exactly 64"),
+        (lambda d: d["calibration"].pop("pictures"), "calibration must be empty or have sha256 and pictures, got"),
+        (lambda d: d["calibration"].update(pictures="32"), "calibration must be empty or have sha256 and pictures"),
         (lambda d: d.update(files={"a": {"sha256": "0" * 63, "bytes": 1}}), "sha256 must be 64"),
         (lambda d: d.update(files={"a": {"sha256": "0" * 64, "bytes": -1}}), "bytes must be 0 or more"),
     ],
@@ -248,6 +274,54 @@ def test_any_value_of_the_wrong_kind_is_an_engine_error_or_a_manifest(key: str, 
         Manifest.from_json(changed(lambda d: d.update({key: value})))
     except EngineError as error:
         assert key in str(error) or key == "schema"  # noqa: PT017
+
+
+@given(PLACES, LEAVES | HUGE | HUGE.map(lambda number: -number) | DEPTHS.map(nested).map(Raw))
+def test_any_value_anywhere_is_an_engine_error_or_a_manifest(
+    tmp_path_factory: pytest.TempPathFactory, place: tuple[str | int, ...], value: object
+) -> None:
+    """Of a file, which has to be canonical text too."""
+    data = json.loads(MANIFEST_OF_7B.to_json())
+    inner: Any = data
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = "HERE" if isinstance(value, Raw) else value
+    text = json.dumps(data, indent=2, sort_keys=True)
+    directory = tmp_path_factory.mktemp("any")
+    (directory / MANIFEST).write_text(text.replace('"HERE"', str(value)) + "\n", encoding="ascii")
+    with pytest.raises(EngineError) as caught:  # sha256 fits none
+        read_manifest(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [300, 500, 700, 900])
+def test_depth_that_json_allows_is_refused_by_name(target: Path, depth: int) -> None:
+    """As an origin of a schedule, which may hold anything."""
+    build(target)
+    text = (target / MANIFEST).read_text(encoding="ascii")
+    text = text.replace('"schedule": {', f'"schedule": {{\n    "calibration": {nested(depth)},')
+    (target / MANIFEST).write_text(text, encoding="ascii")
+    with pytest.raises(EngineError, match=r"manifest\.json: content must be as it was written, byte for byte, got"):
+        read_manifest(target)
+
+
+def test_a_number_beyond_floats_is_refused_by_name(target: Path) -> None:
+    build(target)
+    text = (target / MANIFEST).read_text(encoding="ascii").replace("18.25", "1" + "0" * 400)
+    (target / MANIFEST).write_text(text, encoding="ascii")
+    with pytest.raises(EngineError, match="content must be as it was written, byte for byte, got a number or a depth"):
+        read_manifest(target)
+
+
+def test_the_first_line_that_differs_is_named(target: Path) -> None:
+    build(target)
+    path = target / MANIFEST
+    lines = path.read_text(encoding="ascii").splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if '"seed"' in line)
+    lines[number - 1] += " "
+    path.write_text("\n".join(lines) + "\n", encoding="ascii")
+    with pytest.raises(EngineError, match=rf"got other text from line {number} on\."):
+        read_manifest(target)
 
 
 def test_another_schema_is_refused_before_its_keys_are_looked_at(target: Path) -> None:
@@ -339,6 +413,14 @@ def web_page(directory: Path) -> None:
 def engine_and_notes(directory: Path) -> None:
     build(directory, engine=b"1")
     (directory / "thesis.tex").write_text("mine")
+
+
+def test_somebodys_empty_folder_is_not_replaced(target: Path) -> None:
+    build(target, engine=b"1")
+    (target / "for\x1bwhat").mkdir()
+    with pytest.raises(EngineError, match=r"must hold only what a build wrote, got also for\\x1bwhat\."):
+        build(target, new=b"2")
+    assert sorted(p.name for p in target.iterdir()) == ["engine", "for\x1bwhat", MANIFEST]
 
 
 @pytest.mark.parametrize("prepare", [foreign, web_page, engine_and_notes])

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,29 @@ def test_all_folders_made_for_a_failed_build_go_with_it(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         build_and_raise(tmp_path / "a" / "b" / "c" / "target", RuntimeError())
     assert names(tmp_path) == []
+
+
+def test_folder_that_another_builds_failure_takes_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one made it, and ends just before this one's hidden directory is in it."""
+    target, clean, begun = tmp_path / "a" / "b" / "target", atomic._clean, []
+
+    def other_failed(folder: Path) -> None:
+        begun.append(folder)
+        if len(begun) % 2:
+            folder.rmdir()
+            folder.parent.rmdir()
+        clean(folder)
+
+    monkeypatch.setattr(atomic, "_clean", other_failed)
+    target.parent.mkdir(parents=True)
+    with pytest.raises(RuntimeError):
+        build_and_raise(target, RuntimeError())
+    assert names(tmp_path) == []
+    target.parent.mkdir(parents=True)
+    build(target, "new")
+    assert tree(tmp_path) == {"a/b/target/text": "new", "a/b/target/deep/text": "new"}
 
 
 def test_target_is_untouched_until_the_block_ends(target: Path) -> None:
@@ -251,6 +274,22 @@ def test_ctrl_c_while_the_old_directory_is_removed_waits_for_it(target: Path, mo
     assert names(target.parent) == [target.name]
 
 
+def test_what_cannot_be_removed_is_named(
+    target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leftover = target.parent / ".other.1.0a1b2c3d.partial"
+    leftover.mkdir()
+    build(target, "old")
+    assert not caplog.text
+    leftover.mkdir()
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda path, ignore_errors: None)
+    build(target, "new")
+    assert tree(target)["text"] == "new"
+    left = [target.parent / name for name in names(target.parent) if name != target.name]
+    assert len(left) == 2
+    assert all(f"{path}: left by a build, and could not be removed" in caplog.text for path in left)
+
+
 def test_contents_are_on_the_disk_before_names_and_names_before_the_swap(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +320,25 @@ def test_new_folders_above_the_target_are_written_through_too(tmp_path: Path, mo
     monkeypatch.setattr(atomic.os, "fsync", lambda fd: asked.append(Path(f"/proc/self/fd/{fd}").resolve()))
     build(tmp_path / "a" / "b" / "target", "new")
     assert {tmp_path, tmp_path / "a"} <= set(asked)
+
+
+def test_what_cannot_be_listed_to_be_written_through_is_not_published(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(target, "old")
+    scandir = os.scandir
+
+    def failing(path: Path | str | int) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith("deep"):
+            raise OSError(errno.EIO, "any", str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "scandir", failing)
+        with pytest.raises(EngineError, match="deep must be writable, got: Input/output error"):
+            build(target, "new")
+    assert tree(target)["text"] == "old"
+    assert names(target.parent) == [target.name]
 
 
 def test_disk_that_cannot_write_folders_through_is_good_enough(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,9 +411,21 @@ def test_a_full_disk_met_while_writing_is_explained(target: Path) -> None:
     assert names(target.parent) == []
 
 
+def test_errors_about_the_target_and_what_is_above_or_in_it_are_explained(target: Path) -> None:
+    for place in (lambda new: new, lambda new: new / "x", lambda new: target, lambda new: target / "x"):
+        with pytest.raises(EngineError, match="must be writable"), replacing(target, anything) as partial:
+            raise PermissionError(errno.EACCES, "any", str(place(partial)))
+    for path in (target.parent, *target.parent.parents):
+        with pytest.raises(EngineError, match=f"^{path} must be writable"), replacing(target, anything):
+            raise PermissionError(errno.EACCES, "any", str(path))
+
+
 def test_errors_about_other_files_pass_unchanged(target: Path, tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), replacing(target, anything):
-        raise PermissionError(errno.EACCES, "any", "/elsewhere/model.safetensors")
+    hidden = target.with_name(".other.1.0a1b2c3d.partial")  # of another target
+    beside = [target.parent / "model.safetensors", target.with_name(f"{target.name}-2") / "x", hidden / "x"]
+    for path in [Path("/elsewhere/model.safetensors"), target.parent.with_name("build-2") / "x", Path("x"), *beside]:
+        with pytest.raises(PermissionError), replacing(target, anything):
+            raise PermissionError(errno.EACCES, "any", str(path))
     with pytest.raises(FileNotFoundError), replacing(target, anything) as partial:
         (partial / "absent").read_text()
 

@@ -83,6 +83,17 @@ def test_build_refused_by_the_disk_at_any_call_leaves_the_old_directory_or_the_n
     assert {"nothing" if before == "nothing" else "old", "new"} <= set(states)
 
 
+@pytest.mark.parametrize("before", ["nothing", "old", "leftover", "aside"])
+@pytest.mark.parametrize("what", ["directory", "file"])
+def test_writing_that_stops_anywhere_leaves_what_was_there(what: str, before: str, tmp_path: Path) -> None:
+    """At the limit of a file's size: the one refusal of write(2) that a test without a disk of its own can have."""
+    if (what, before) == ("file", "aside"):
+        pytest.skip("files are not moved aside")
+    states = hurt(tmp_path, what, before, "exchange", "EFBIG")
+    assert set(states) == {"nothing" if before == "nothing" else "old"}
+    assert sum(states.values()) > (50 if what == "directory" else 1)
+
+
 @pytest.mark.parametrize("before", ["nothing", "old", "leftover"])
 @pytest.mark.parametrize("how", ["kill", "interrupt", "EIO", "ENOSPC+"])
 def test_file_hurt_at_any_step_is_the_old_one_or_the_new_one(how: str, before: str, tmp_path: Path) -> None:

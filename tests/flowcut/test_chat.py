@@ -113,6 +113,13 @@ BAD = {
     "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}": "add up to more than 10000",
     "{{ 'a' * 10 ** 9 }}": "too large",
     "{{ 9 ** 9 ** 9 }}": "too large",
+    "{{ '%300000000d' % 1 }}": "a result of % that is too large",
+    "{{ '%*d' % (300000000, 1) }}": "a result of % that is too large",
+    "{{ '%(a)300000000s' % {'a': 1} }}": "a result of % that is too large",
+    "{{ '%-9.300000000f' % 1.5 }}": "a result of % that is too large",
+    "{% set n = namespace(a='a') %}{% for i in range(30) %}{% set n.a = n.a + n.a %}{% endfor %}": "a result of [+] ",
+    "{% set n = namespace(a=[1]) %}{% for i in range(30) %}{% set n.a = n.a + n.a %}{% endfor %}": "a result of [+] ",
+    "{% set n = namespace(a='a') %}{% for i in range(30) %}{% set n.a = '%s%s' % (n.a, n.a) %}{% endfor %}": "of % ",
     "{% for i in range(999) %}{{ 'a' * 999 }}{% endfor %}": "characters written by it",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
     "{{ '" + "a" * 300_000 + "' }}": "300008 characters",
@@ -125,6 +132,18 @@ def test_a_bad_template_is_one_line(source: str) -> None:
         ChatTemplate(source).render([user("Why?")])
     assert "chat template must be one that Jinja renders" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 7 % 4 }} {{ 3000000 % 7 }} {{ 2000000 + 1.5 }}",
+        "{{ '%s is %05.1f%% of %(a)d' | replace('%(a)d', '9') % ('x', 2.5) }} {{ 'a' + 'b' }} {{ [1] + [2] }}",
+        "{{ '%(a)s' % {'a': 'b'} }} {{ (1,) + (2,) }} {{ '%d on 20240101' % 3000000 }}",
+    ],
+)
+def test_operators_are_jinjas(source: str) -> None:
+    assert ChatTemplate(source).render([user("?")]) == theirs(source, [user("?")])
 
 
 def test_a_template_may_refuse_a_conversation() -> None:

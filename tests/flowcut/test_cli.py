@@ -206,6 +206,12 @@ def test_inspect_lists_differences_and_ends_with_1(command: Command) -> None:
     assert re.fullmatch(r"tokenizer\.json: expected \d+ bytes, got 2", done.result["differences"][0])
 
 
+def test_errors_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["inspect", "e\x1b[2J"])
+    assert capfd.readouterr().err.startswith(r"flowcut: e\x1b[2J must be an engine directory")
+
+
 def test_inspect_check_says_what_was_checked(command: Command) -> None:
     command("export", "llava-tiny", "--out", "e")
     done = command("inspect", "e", "--check")

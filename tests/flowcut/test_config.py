@@ -2,18 +2,30 @@
 
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import recipe
 
-from flowcut.config import LlavaConfig, TextConfig, VisionConfig
+from flowcut.config import LlavaConfig, TextConfig, VisionConfig, is_number
 from flowcut.errors import ConfigError
 
 
 def _tiny() -> dict[str, Any]:
     return recipe.config(*recipe.PRESETS["tiny"], "float32")
+
+
+@pytest.mark.parametrize("value", [0, -1.5, np.float32(0.5), np.int64(3), np.float64(1e300), Fraction(1, 3)])
+def test_what_is_a_number(value: object) -> None:
+    assert is_number(value)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, [1], float("nan"), np.float32("inf"), 10**400])
+def test_what_is_none(value: object) -> None:
+    assert not is_number(value)
 
 
 def test_reads_geometry_and_special_tokens() -> None:
@@ -98,6 +110,7 @@ def test_rotary_base_is_read_from_both_places() -> None:
         ("text_config.attention_bias", True, "text_config.attention_bias must be False"),
         ("text_config.num_key_value_heads", 3, "text_config.num_attention_heads must be a multiple of num_key_value"),
         ("text_config.head_dim", 32, "text_config.head_dim must be 16, got 32"),
+        ("text_config.rms_norm_eps", 10**400, "text_config.rms_norm_eps must be a number, got 1000"),
         ("text_config.rms_norm_eps", float("nan"), "text_config.rms_norm_eps must be a number, got nan"),
         ("text_config.vocab_size", -1, "text_config.vocab_size must be positive, got -1"),
         ("text_config.num_attention_heads", 64, "text_config head size must be even for rotary embeddings, got 1"),

@@ -88,7 +88,22 @@ def test_what_is_no_plain_file_is_not_opened(directory: Path, kind: str, hashes:
 
 def test_a_folder_in_a_files_place_is_missing_it(directory: Path) -> None:
     replace_by(directory / "a", Path.mkdir)
-    assert differences(directory, RECORDS) == ["a: missing"]
+    assert differences(directory, RECORDS) == ["a: expected a plain file, got a folder"]
+
+
+def test_an_empty_folder_shows(directory: Path) -> None:
+    (directory / "empty").mkdir()
+    (directory / "deep" / "er" / "est").mkdir(parents=True)
+    assert differences(directory, RECORDS) == [
+        "deep/er/est: not in the manifest, a folder",
+        "empty: not in the manifest, a folder",
+    ]
+    with pytest.raises(NotPlain, match="a folder"):
+        record_files(directory)
+
+
+def test_an_empty_directory_has_nothing(tmp_path: Path) -> None:
+    assert record_files(tmp_path) == {}
 
 
 def test_a_link_in_a_folders_place_is_not_followed(directory: Path) -> None:
@@ -125,7 +140,7 @@ def test_content_shows_only_where_it_is_read(directory: Path) -> None:
 def test_names_stay_on_one_line(directory: Path) -> None:
     name = os.fsdecode(b"a\nb\xff")
     (directory / name).touch()
-    assert differences(directory, RECORDS) == [r"'a\nb\udcff': not in the manifest"]
+    assert differences(directory, RECORDS) == [r"a\nb\udcff: not in the manifest"]
 
 
 def test_what_cannot_be_read_is_a_difference(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,16 @@ def test_pictures_of_earlier_turns_are_not_seen_again(directory: Path, tmp_path:
     assert len(chat.messages) == 2
 
 
+def test_a_chat_does_not_keep_large_pictures_whole(engine: LlavaEngine) -> None:
+    large, small = picture(5).resize((900, 700)), picture(6)
+    for image, whole in ((large, False), (small, True)):
+        Chat(engine, SHORT).ask("What is this?", image)  # from now on its visual tokens are known
+        chat = Chat(engine, SHORT)
+        chat.ask("What is this?", image)
+        (opened,), _ = chat.prompt("Why?")
+        assert any(isinstance(held, Image.Image) for held in vars(opened).values()) == whole
+
+
 def test_a_stream_is_a_turn(engine: LlavaEngine) -> None:
     asked, streamed = Chat(engine, SHORT), Chat(engine, SHORT)
     for text, images in (("What is this?", [picture(0)]), ("Why?", [])):
@@ -142,18 +152,28 @@ def test_what_no_longer_fits_says_how_to_go_on(engine: LlavaEngine) -> None:
         chat.ask("And this?", picture(2))
 
 
-def test_an_answer_that_spells_a_picture_is_none(engine: LlavaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("an <image> of a cat", "an   of a cat"),
+        ("an <im<image>age> of a cat", "an <im age> of a cat"),
+        ("<<image>image><im<im<image>age>age>", "< image><im<im age>age>"),
+    ],
+)
+def test_an_answer_that_spells_a_picture_is_none(
+    engine: LlavaEngine, monkeypatch: pytest.MonkeyPatch, answer: str, kept: str
+) -> None:
     chat, generate = Chat(engine, SHORT), engine.generate
 
     def spelling(*arguments: Any, **named: Any) -> Any:
-        answer = generate(*arguments, **named)
-        answer.texts[0] = "an <image> of a cat"
-        return answer
+        given = generate(*arguments, **named)
+        given.texts[0] = answer
+        return given
 
     monkeypatch.setattr(engine, "generate", spelling)
     chat.ask("Why?")
     chat.ask("Why?", picture(0))
-    assert chat.messages[1] == said("assistant", "an  of a cat")
+    assert chat.messages[1] == said("assistant", kept)
 
 
 def test_the_template_is_the_checkpoints_own(directory: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from engines import load_engine
 from engines.runtime.control import Control
 from engines.runtime.decoding import Answering, Chunk, Reply
 from engines.runtime.engine import LlavaEngine, Sampling
-from engines.runtime.gate import OpenDoor
 from engines.runtime.generation import generation
 from engines.runtime.model import Prefill
 from flowcut.aliases import ASSETS
@@ -68,7 +68,7 @@ def answered(
         "Request", (), {"encoded": encoded, "pictures": (), "sampling": sampling, "control": control(i)}
     )
     replies = [Reply(i, request(i, sampling), TOKENIZER, (END,)) for i, sampling in enumerate(samplings)]
-    answering = Answering(model, OpenDoor(), replies, Control())  # type: ignore[arg-type]
+    answering = Answering(model, nullcontext(), replies)  # type: ignore[arg-type]
     return answering, [chunk for chunks in answering for chunk in chunks]
 
 

@@ -18,7 +18,7 @@ import pytest
 import engines.runtime.control
 from engines.runtime.control import Control
 from engines.runtime.counters import Counters
-from engines.runtime.gate import Gate, OpenDoor
+from engines.runtime.gate import Gate
 from flowcut.errors import EngineError, FlowCutError, QueueFull, RequestCancelled, RequestTimeout
 
 PATIENCE_S = 60.0
@@ -67,22 +67,23 @@ class Caller(threading.Thread):
 
 
 class GivesUp(Control):
-    """Looks once whether it may go on, and the second time, which is after it has begun to wait, may not.
+    """Looks whether it may go on, and the last time, which is after it has begun to wait, may not.
 
     Args:
         meanwhile: what happens before that.
+        last: the look that is the last, 2 or more.
     """
 
-    def __init__(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self, meanwhile: Callable[[], Any] = lambda: None, last: int = 2) -> None:
         super().__init__()
-        self.looks, self.meanwhile = 0, meanwhile
+        self.looks, self.meanwhile, self.last = 0, meanwhile, last
 
     def wait_s(self) -> float:
         return 0.0
 
     def check(self) -> None:
         self.looks += 1
-        if self.looks == 2:
+        if self.looks == self.last:
             self.meanwhile()
             raise RequestCancelled("now")
 
@@ -286,6 +287,94 @@ def test_a_closed_gate_refuses_who_waits_and_who_comes_and_lets_the_others_finis
     assert line.snapshot()["waiting"]["now"] == 0
 
 
+class Meanwhile:
+    """What a thread does within the gate's lock; somebody leaves meanwhile, who finds the lock taken.
+
+    Attributes:
+        leaves: the caller that does, once.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: list[Caller] = []
+
+    def __call__(self) -> None:
+        if self.leaves:
+            assert self.leaves.pop().end() is None
+
+
+class MeanwhileLock(Meanwhile):
+    """The gate's lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.acquire, self.release = self.lock.acquire, self.lock.release
+
+    def __enter__(self) -> None:
+        self.acquire()
+        self()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+
+class MeanwhileLine(deque[Any]):
+    """The gate's line, which is looked through to see whether it is full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile = Meanwhile()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.meanwhile()
+        return super().__iter__()
+
+
+def test_a_place_that_becomes_free_while_another_is_refused_goes_to_the_first_in_line() -> None:
+    line = Line()
+    gate = Gate(1, 1, line)
+    gate._line = ahead = MeanwhileLine()
+    first = Caller(gate)
+    assert first.is_in()
+    waiting = waits(gate, line)
+    ahead.meanwhile.leaves.append(first)
+    with pytest.raises(QueueFull):
+        gate.enter(Control()).__enter__()
+    assert ahead.meanwhile.leaves == []
+    assert waiting.is_in()
+    assert waiting.end() is None
+    assert is_free(gate, 1)
+
+
+def entering(gate: Gate) -> None:
+    with pytest.raises(EngineError, match="engine must be open"):
+        gate.enter(Control()).__enter__()
+
+
+@pytest.mark.parametrize("knock", [entering, lambda gate: gate.close(lambda: None)])
+def test_a_closed_gate_ends_though_the_last_leaves_while_another_finds_it_closed(knock: Callable[[Gate], None]) -> None:
+    gate, ends = Gate(1, 1), list[int]()
+    gate._lock = lock = MeanwhileLock()  # type: ignore[assignment]
+    last = Caller(gate)
+    assert last.is_in()
+    gate.close(lambda: ends.append(1))
+    lock.leaves.append(last)
+    knock(gate)
+    assert lock.leaves == []
+    assert ends == [1]
+
+
+def test_a_place_whose_holder_has_left_is_free_for_who_comes_though_none_may_wait() -> None:
+    gate = Gate(1, 0)
+    gate._lock = lock = MeanwhileLock()  # type: ignore[assignment]
+    first = Caller(gate)
+    assert first.is_in()
+    lock.leaves.append(first)
+    with gate.enter(Control()):
+        assert lock.leaves == []
+    assert is_free(gate, 1)
+
+
 def test_a_gate_at_which_nobody_works_closes_at_once() -> None:
     ends: list[int] = []
     Gate(2, 9).close(lambda: ends.append(1))
@@ -301,11 +390,6 @@ def test_a_thread_that_waits_for_itself_is_told(caplog: pytest.LogCaptureFixture
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
         "a thread waits for a place, and entered all 2 itself: does it end them?"
     ]
-
-
-def test_an_open_door_keeps_nobody() -> None:
-    with OpenDoor().enter(Control()), OpenDoor().enter(Control()):
-        pass
 
 
 @contextmanager
@@ -324,14 +408,14 @@ def test_no_place_and_no_turn_is_lost_whoever_gives_up_when(seed: int) -> None:
     def calls(number: int) -> None:
         chance = random.Random(f"{seed} {number}")
         for _ in range(60):
-            event = threading.Event()
-            controls = [Control(), Control(1e-4), Control(2e-3), Control(None, event), Control(5.0, event)]
+            controls = [Control(), GivesUp(), GivesUp(last=3), GivesUp(last=9), Control(PATIENCE_S, threading.Event())]
             try:
                 with gate.enter(chance.choice(controls)):
                     inside.append(1)
                     if len(inside) > places:
                         wrong.append(len(inside))
-                    time.sleep(chance.random() * 1e-3)  # so that others have to wait
+                    for _ in range(chance.randrange(9)):
+                        time.sleep(0)  # which lets others run, who have to wait
                     inside.pop()
                     ends.append("in")
             except FlowCutError as error:
@@ -346,6 +430,6 @@ def test_no_place_and_no_turn_is_lost_whoever_gives_up_when(seed: int) -> None:
     assert not any(thread.is_alive() for thread in threads)
     assert wrong == []
     assert len(ends) == 8 * 60
-    assert {"in"} <= set(ends) <= {"in", "QueueFull", "RequestTimeout"}
+    assert {"in"} <= set(ends) <= {"in", "QueueFull", "RequestCancelled"}
     assert is_free(gate, places)
     assert line.snapshot()["waiting"]["now"] == 0

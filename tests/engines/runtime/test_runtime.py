@@ -20,6 +20,8 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 
 from engines import load_engine
 from engines.backends import gpu_present
+from engines.runtime.clock import Clock
+from engines.runtime.control import Control
 from engines.runtime.engine import LlavaEngine, Sampling
 from flowcut.artifacts import read_manifest, write_manifest
 from flowcut.config import Precision
@@ -31,6 +33,8 @@ from flowcut.vision import VisionModel
 
 Write = Callable[..., TinyEngine]
 
+FORCED = np.random.default_rng(0).integers(3, 448, (9, 2))
+"""Tokens, [steps, B], that an answer is made to go on with."""
 NO_GPU = pytest.mark.skipif(gpu_present(), reason="there is a GPU here")
 QUESTIONS = [
     question_prompt("What is this?"),
@@ -110,6 +114,16 @@ def test_prefill_equals_torch(engine: LlavaEngine, torch_reference: Reference) -
     assert prefill.logits.dtype == np.float32
     assert error(prefill.logits, logits) < 1e-4
     np.testing.assert_array_equal(prefill.kept[0][0], kept[0])
+
+
+def follow(
+    engine: LlavaEngine, images: list[Any], prompts: list[str], forced: np.ndarray
+) -> tuple[np.ndarray, list[set[int]]]:
+    """Logits [1 + steps, B, V] of a prefill and behind each row of `forced`, and what was kept of first pictures."""
+    model, requests = engine.model, engine.reader.read_all(images, prompts, Sampling(1), Control())
+    prefill = model.prefill(requests, Clock())
+    steps = [model.step(prefill, tokens, step) for step, tokens in enumerate(forced)]
+    return np.stack([prefill.logits, *steps]), [set(each[0].tolist()) for each in prefill.kept]
 
 
 @pytest.mark.parametrize("images", [[0], [1], [2, 3]])
@@ -309,13 +323,16 @@ def test_on_a_gpu_the_answers_are_those_of_onnx_runtime(
     images, prompts = [picture(0), [picture(1), picture(2)]], [QUESTIONS[0], QUESTIONS[2]]
     engine = load_engine(directory)
     assert engine.backend == backend
-    got, expected = (e.generate(images, prompts, Sampling(12)) for e in (engine, load_engine(directory, "ort")))
+    other = load_engine(directory, "ort")
+    got, expected = (e.generate(images, prompts, Sampling(12)) for e in (engine, other))
     assert got.token_ids == expected.token_ids
     assert [[k.tolist() for k in each] for each in got.kept] == [[k.tolist() for k in each] for each in expected.kept]
     before = gpu.allocations, gpu.device_bytes
     for _ in range(3):
         engine.generate(images, prompts, Sampling(3))
     assert (gpu.allocations, gpu.device_bytes) == before
+    (logits, _), (same, _) = (follow(each, images, prompts, FORCED) for each in (engine, other))
+    np.testing.assert_array_equal(logits, same)
 
 
 def test_on_a_gpu_without_the_library_auto_is_onnx_runtime(
@@ -414,19 +431,7 @@ def test_a_compiled_engine_agrees_with_onnx_runtime_on_the_gpu(
         build_engine(directory / f"{graph}.onnx", directory / f"{graph}.engine", contract, "rtx")
     _write_as(directory, versions={"tensorrt_rtx": trt.__version__})
     images, prompts = [picture(0), picture(1)], QUESTIONS[:2]
-    forced = np.random.default_rng(0).integers(3, 448, (9, 2))
-
-    def follow(engine: LlavaEngine) -> tuple[np.ndarray, list[set[int]]]:
-        """Logits [steps, B, V] of a prefill and of decoding `forced`, and what was kept."""
-        prefill, seen = engine.prefill(images, prompts), []
-
-        def pick(logits: np.ndarray) -> np.ndarray:
-            seen.append(logits)
-            return forced[len(seen) - 1]
-
-        list(engine._decode(prefill, pick, len(forced)))
-        return np.stack(seen), [set(each[0].tolist()) for each in prefill.kept]
-
-    (got, kept), (expected, others) = (follow(load_engine(directory, backend)) for backend in ("rtx", "ort"))
+    engines = (load_engine(directory, backend) for backend in ("rtx", "ort"))
+    (got, kept), (expected, others) = (follow(engine, images, prompts, FORCED) for engine in engines)
     assert all(len(a & b) >= same for a, b in zip(kept, others, strict=True))  # of 16
     assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < tolerance

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from watched_engine import PATIENCE_S, Watched, picture, question, watched
 
 from engines import load_engine
 from engines.runtime.engine import Chunk, LlavaEngine, Sampling
-from flowcut.errors import EngineError, RequestCancelled, RequestTimeout
+from flowcut.errors import EngineError, InputError, RequestCancelled, RequestTimeout
 
 Q = question("What color is the circle?")
 FIVE = Sampling(5)
@@ -124,6 +125,58 @@ def test_a_stream_ends_at_its_next_step_when_it_is_cancelled(made: tuple[LlavaEn
         list(stream)
     assert decoder.living() == 0
     assert len(engine.generate(picture(0), Q, FIVE).token_ids[0]) == 5
+
+
+def test_what_prefill_returns_holds_no_cache(made: tuple[LlavaEngine, Watched]) -> None:
+    engine, decoder = made
+    prefill = engine.prefill(picture(0), Q)
+    assert prefill.state is None
+    assert len(decoder.states) == 1
+    assert decoder.living() == 0
+
+
+def mishap() -> None:
+    """An error of the caller's own, whose frames hold something and a generator at work."""
+    own = (i for i in range(3))
+    next(own)
+    raise LookupError("the caller's")
+
+
+def during_generate(engine: LlavaEngine, stream: Any) -> None:
+    with pytest.raises(InputError):
+        engine.generate("nowhere.png", Q)
+
+
+def during_stream(engine: LlavaEngine, stream: Any) -> None:
+    with pytest.raises(EngineError):
+        list(stream)
+
+
+def during_close(engine: LlavaEngine, stream: Any) -> None:
+    stream.close()
+
+
+@pytest.mark.parametrize("then", [during_generate, during_stream, during_close])
+def test_what_a_caller_was_handling_stays_whole(
+    made: tuple[LlavaEngine, Watched], then: Callable[[LlavaEngine, Any], None]
+) -> None:
+    engine, decoder = made
+    stream = began(engine)
+
+    def fail(feeds: Any) -> None:
+        raise EngineError("broken")
+
+    decoder.before = fail
+    frames: list[Any] = []
+    try:
+        try:
+            mishap()
+        except LookupError as first:
+            frames += [frame for frame, _ in traceback.walk_tb(first.__traceback__)]
+            raise ValueError("on the way") from first
+    except ValueError:
+        then(engine, stream)
+    assert list(frames[-1].f_locals["own"]) == [1, 2]
 
 
 def test_errors_that_somebody_keeps_do_not_keep_the_cache(

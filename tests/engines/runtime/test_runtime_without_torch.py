@@ -12,7 +12,7 @@ from tiny_engine import write_engine
 ABSENT = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "ml_dtypes", "huggingface_hub")
 
 PROGRAM = """
-import json, sys, time
+import json, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -20,30 +20,21 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Absent())
-start = time.perf_counter()
 from engines import load_engine
 from engines.runtime.engine import Sampling
 engine = load_engine({directory!r})
-seconds = time.perf_counter() - start
 import numpy as np
 answer = engine.generate(np.zeros((200, 300, 3), np.uint8), "USER: <image>\\nWhat is this? ASSISTANT:", Sampling(4))
-print(json.dumps({{"tokens": answer.token_ids, "kept": len(answer.kept[0][0]), "seconds": seconds}}))
+print(json.dumps({{"tokens": answer.token_ids, "kept": len(answer.kept[0][0])}}))
 """
 
 
-def test_an_answer_needs_neither_torch_nor_the_exporter_and_comes_soon(tmp_path: Path) -> None:
+def test_an_answer_needs_neither_torch_nor_the_exporter(tmp_path: Path) -> None:
     tiny = write_engine(tmp_path / "engine", precision="fp16", random=True)
-    program = PROGRAM.format(absent=set(ABSENT), directory=str(tiny.directory))
-    runs = []
-    for _ in range(3):  # a busy machine may spoil one
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        runs.append(json.loads(done.stdout))
-        if runs[-1]["seconds"] < 1.5:
-            break
-    assert len(runs[-1]["tokens"][0]) == 4
-    assert runs[-1]["kept"] == 16
-    assert min(run["seconds"] for run in runs) < 1.5
+    command = [sys.executable, "-c", PROGRAM.format(absent=set(ABSENT), directory=str(tiny.directory))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    answer = json.loads(done.stdout)
+    assert len(answer["tokens"][0]) == 4
+    assert answer["kept"] == 16

@@ -150,15 +150,19 @@ def test_logits_that_are_no_numbers_are_an_error(logits: list[float], what: str,
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": True}, "max_new_tokens must be at least 1, got True"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1 or None, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be at least 1 or None, got True"),
         ({"temperature": -0.1}, r"temperature must be a number at least 0, got -0\.1"),
         ({"temperature": float("nan")}, "temperature must be a number at least 0, got nan"),
         ({"temperature": "1"}, "temperature must be a number at least 0, got '1'"),
         ({"top_k": 0}, "top_k must be at least 1 or None, got 0"),
         ({"top_p": 0.0}, r"top_p must be a number above 0 and at most 1, got 0\.0"),
         ({"top_p": 1.5}, r"top_p must be a number above 0 and at most 1, got 1\.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, got 0"),
+        ({"temperature": 10**400}, "temperature must be a number at least 0, got 1000"),
+        ({"temperature": True}, "temperature must be a number at least 0, got True"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number from 1e-06 to 1e[+]06, got 0"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty must be a number from 1e-06 to 1e[+]06, got 1e-300"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be a number from 1e-06 to 1e[+]06, got 1e[+]39"),
         ({"seed": -1}, "seed must be at least 0 or None, got -1"),
         ({"stop": ""}, "stop must be strings of at least one character"),
         ({"stop": ("a", "")}, "stop must be strings of at least one character"),
@@ -169,6 +173,27 @@ def test_logits_that_are_no_numbers_are_an_error(logits: list[float], what: str,
 def test_settings_are_checked(setting: dict[str, Any], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         Sampling(**setting)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "seed": 7}
+    as_numpy = {name: np.array(value)[()] for name, value in numbers.items()}
+    narrow = {
+        name: np.array(value, np.float32 if isinstance(value, float) else np.int16)[()]
+        for name, value in numbers.items()
+    }
+    assert Sampling(**numbers) == Sampling(**as_numpy) == Sampling(**narrow)
+    assert {type(value) for value in vars(Sampling(**narrow)).values()} == {int, float, tuple}
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_greatest_penalties_stay_numbers(penalty: float, temperature: float) -> None:
+    logits = np.array([65504.0, -65504.0, 0.0, 1.0], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token = Sampler(Sampling(repetition_penalty=penalty, temperature=temperature, seed=1), [0, 1, 2]).next(logits)
+    assert token == (0 if penalty < 1 else 3) or (temperature and penalty > 1 and token == 2)
 
 
 def test_one_stop_string_may_be_given_as_it_is() -> None:

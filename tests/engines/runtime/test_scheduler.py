@@ -302,6 +302,34 @@ def test_one_in_the_queue_ends_in_time_though_there_is_no_place(made: Made) -> N
         behind.result(PATIENCE_S)
 
 
+def test_who_comes_when_the_last_that_waited_has_gone_is_answered(
+    made: Made, expected: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = made()
+    waits, gone, came = threading.Event(), threading.Event(), list[Ticket]()
+    wait, withdraw = engine.gate._wait, engine.gate._withdraw
+
+    def waiting(*given: Any) -> None:
+        waits.set()
+        wait(*given)
+
+    def withdrawing(*given: Any) -> None:  # the queue leaves the line, for nobody waits in it, and then somebody does
+        withdraw(*given)
+        if not came:
+            came.append(ask(queue, 1))
+            gone.set()
+
+    with engine.batching(max_wait_ms=0) as queue:
+        with engine.gate.enter(Control()):
+            monkeypatch.setattr(engine.gate, "_wait", waiting)
+            monkeypatch.setattr(engine.gate, "_withdraw", withdrawing)
+            first = ask(queue, 0)
+            assert waits.wait(PATIENCE_S)
+            first.cancel()
+            assert gone.wait(PATIENCE_S)
+        assert same(came[0].result(PATIENCE_S), expected[1])
+
+
 class Fails:
     """Breaks every prefill of a prompt that has `tokens` tokens, whoever is in it."""
 
@@ -351,6 +379,91 @@ def test_a_batch_that_fails_on_its_way_is_begun_again_without_those_who_have_the
     assert failed == [3]
     assert decoder.prefills == [3, 1, 1]
     assert all(same(answers[i], expected[i], n) for i, n in enumerate((LENGTH, 2, LENGTH)))
+    assert engine.counters()["tokens"] == 2 * LENGTH + 2 + 2 * 3  # the latter: what the two had when it failed
+
+
+def test_tokens_of_an_answer_that_fails_on_its_way_are_counted(made: Made) -> None:
+    engine, decoder = made()
+
+    def fail(feeds: Mapping[str, Feed]) -> None:
+        if is_step(feeds) and engine.counters()["decode_steps"] == 2:
+            raise EngineError("broken")
+
+    decoder.before = fail
+    with engine.batching(max_wait_ms=0) as queue:
+        assert isinstance(ask(queue, 0).exception(PATIENCE_S), EngineError)
+    assert engine.counters()["requests"]["failed"] == 1
+    assert engine.counters()["tokens"] == 2  # of the prefill and of the first step
+
+
+class Bug(BaseException):
+    """No Exception, as SystemExit is none, and the panic of a library in Rust."""
+
+
+def test_what_ends_threads_is_a_requests_own_error(made: Made, expected: list[Generation]) -> None:
+    engine, decoder = made()
+
+    def fail(feeds: Mapping[str, Feed]) -> None:
+        if not is_step(feeds) and expected[3].prompt_tokens[0] - 1 in np.asarray(feeds["last_token"]):
+            raise Bug
+
+    decoder.before = fail
+    with engine.batching(max_wait_ms=1e6) as queue:
+        tickets = [ask(queue, i) for i in (1, 3, 2)]
+        assert isinstance(tickets[1].exception(PATIENCE_S), Bug)
+        assert same(tickets[0].result(PATIENCE_S), expected[1])
+        assert same(tickets[2].result(PATIENCE_S), expected[2])
+
+
+@pytest.mark.parametrize("error", [SystemExit, Bug, ValueError])
+def test_a_callback_ends_nobody_elses_answer_whatever_it_raises(
+    made: Made, expected: list[Generation], error: type[BaseException]
+) -> None:
+    engine, decoder = made()
+    hold, event, called = Hold(decoder), threading.Event(), list[Ticket]()
+
+    def breaks(ticket: Any) -> None:
+        raise error
+
+    with engine.batching(max_wait_ms=0) as queue:
+        tickets = [ask(queue, 0)]
+        hold.wait()
+        gone = [ask(queue, i, cancel=event) for i in (3, 4)]  # which end together
+        tickets += [ask(queue, i) for i in (1, 2)]
+        for ticket in (*gone, *tickets):
+            ticket.add_done_callback(breaks)
+            ticket.add_done_callback(called.append)  # type: ignore[arg-type]
+        event.set()
+        hold.go.set()
+        assert all(isinstance(ticket.exception(PATIENCE_S), RequestCancelled) for ticket in gone)
+        assert all(same(ticket.result(PATIENCE_S), expected[i]) for i, ticket in enumerate(tickets))
+        assert same(ask(queue, 3).result(PATIENCE_S), expected[3])
+    assert called == [*gone, *tickets]
+    assert decoder.prefills == [1, 2, 1]
+    assert engine.counters()["retried"] == 0
+
+
+def test_those_who_wait_are_told_when_the_engine_cannot_even_be_closed(
+    made: Made, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, decoder = made()
+    hold = Hold(decoder)
+
+    def fail() -> None:
+        raise Bug
+
+    monkeypatch.setattr(engine.model, "close", fail)
+    with engine.batching(max_wait_ms=0) as queue:
+        first = ask(queue, 0)
+        hold.wait()
+        waiting = [ask(queue, i) for i in (1, 2)]
+        engine.close()
+        hold.go.set()
+        assert first.result(PATIENCE_S).token_ids
+        assert all(isinstance(ticket.exception(PATIENCE_S), EngineError) for ticket in waiting)
+    assert [r.message for r in caplog.records if r.levelno == logging.ERROR] == [
+        "a thread of a queue goes on behind an error"
+    ]
 
 
 def test_an_error_does_not_keep_the_cache(made: Made) -> None:

@@ -103,6 +103,20 @@ def test_where_capturing_fails_steps_run_without(
     assert said.getMessage().startswith("decode steps run without a CUDA graph: language: tensorrt did not be captured")
 
 
+def test_a_capture_that_failed_is_tried_once_more(
+    tiny: TinyEngine, gpu: FakeGpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    session, feeds = session_of(tiny, "language", "trt", concurrency=1), prompts()
+    state, steps = session.allocate_state(2), steps_of(feeds, 5)
+    got = []
+    for i, step in enumerate(steps):
+        gpu.fail_capture = i == 2  # the second step, which is captured
+        got.append(session.run(step, state).arrays["logits"])
+    assert on_compute(gpu) == ["execute"] * 3 + ["launch"] * 3
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert close(np.stack(got), follow(reference(tiny, "language"), feeds, 5))
+
+
 def test_where_the_driver_cannot_capture_steps_run_without(
     tiny: TinyEngine, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

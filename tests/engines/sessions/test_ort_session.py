@@ -23,7 +23,7 @@ from tiny_engine import LIMITS, TinyEngine, write_engine
 from engines.options import Options
 from engines.runtime.memory import process_bytes
 from engines.sessions import ort_loading
-from engines.sessions.ort_session import OrtSession
+from engines.sessions.ort_session import OrtSession, placed
 from engines.sessions.session import feeds_of, results_of, state_pairs
 from engines.sessions.stages import Chain
 from export.builder import GraphBuilder, save
@@ -487,3 +487,15 @@ def test_exact_leaves_the_inputs_of_rounded_weights_as_they_are(precision: str, 
         errors[exact] = np.abs(arrays["image_embeds"][0, rows] - truth[0, same]).mean() / np.abs(truth).mean()
     assert errors[True] < 5e-3
     assert errors[False] > 3 * errors[True]
+
+
+def test_rows_and_constants_have_memory_of_their_own() -> None:
+    """A cache keeps one row of a batch and counts that row: no more may stay because of it."""
+    batch = np.arange(12, dtype=np.float32).reshape(3, 4)
+    whole = placed(batch, "cpu")
+    batch[:] = -1
+    rows = whole.split()
+    np.testing.assert_array_equal([row.numpy()[0] for row in rows], np.arange(12).reshape(3, 4))
+    memory = [row.value.data_ptr() for row in rows]  # type: ignore[attr-defined]
+    start = whole.value.data_ptr()
+    assert not [at for at in memory if start <= at < start + whole.value.tensor_size_in_bytes()]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_gpu
 import pytest
-from fake_gpu import VERSION, FakeGpu
+from fake_gpu import VERSION, FakeGpu, WatchedLock
 from tiny_engine import TinyEngine, write_engine
 from trt_feeds import close, follow, prompts, reference, session_of
 
 from engines import load_engine
 from engines.runtime.sampling import Sampling
 from engines.sessions import runtime_cache
-from engines.sessions.runtime_cache import cache_path
+from engines.sessions.cuda_device import CudaDevice
+from engines.sessions.runtime_cache import RuntimeCache, cache_path
 from flowcut.artifacts import check_files, read_manifest
 from flowcut.errors import EngineError
 
@@ -105,6 +112,78 @@ def test_a_damaged_one_is_ignored_and_replaced(
     assert file.read_bytes() == whole
 
 
+def writable_file(file: Path) -> None:
+    file.chmod(0o620)
+
+
+def writable_folder(file: Path) -> None:
+    file.parent.chmod(0o702)
+
+
+def linked_file(file: Path) -> None:
+    file.symlink_to(file.rename(file.parent.parent / "elsewhere"))
+
+
+def linked_folder(file: Path) -> None:
+    file.parent.symlink_to(file.parent.rename(file.parent.parent / "elsewhere"))
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (writable_file, "bin must be yours or root's, and writable for nobody else, got -rw--w---- of user"),
+        (writable_folder, "engine.runtime-cache must be yours or root's, and writable for nobody else, got drwx----w-"),
+        (linked_file, "bin cannot be read (a symbolic link, not a plain file)"),
+        (linked_folder, "engine.runtime-cache must be yours or root's, and writable for nobody else, got lrwxrwxrwx"),
+        (pipe, "bin cannot be read (a pipe, not a plain file)"),
+    ],
+)
+def test_what_somebody_else_may_have_written_is_not_used(
+    tiny: TinyEngine,
+    gpu: FakeGpu,
+    file: Path,
+    change: Callable[[Path], None],
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ask(tiny, gpu)
+    change(file)
+    before = {path: path.stat().st_mtime_ns for path in file.parent.parent.rglob("*") if path.is_file()}
+    assert ask(tiny, gpu) == 2
+    assert said in caplog.text
+    after = {path: path.stat().st_mtime_ns for path in before if path != file}
+    assert after == {path: time for path, time in before.items() if path != file}
+    if change in (writable_file, linked_file):  # in a folder that is ours: replaced
+        assert not file.is_symlink()
+        assert ask(tiny, gpu) == 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "ours"),
+    [(0, 0o755, True), (7, 0o700, True), (8, 0o700, False), (7, 0o770, False), (0, 0o757, False)],
+)
+def test_owner_and_mode_decide(owner: int, mode: int, ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_cache.os, "geteuid", lambda: 7)
+    status = os.stat_result((stat.S_IFDIR | mode, 0, 0, 1, owner, 0, 0, 0, 0, 0))
+    with nullcontext() if ours else pytest.raises(EngineError, match=rf"^x must be yours .* of user {owner}\. Remove"):
+        runtime_cache._check_ours(Path("x"), status)
+
+
+def test_it_is_its_owners_alone_whatever_the_umask(tiny: TinyEngine, gpu: FakeGpu, file: Path) -> None:
+    before = os.umask(0)
+    try:
+        ask(tiny, gpu)
+    finally:
+        os.umask(before)
+    assert (stat.S_IMODE(file.parent.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (0o700, 0o600)
+    assert ask(tiny, gpu) == 0
+
+
 def test_one_that_the_library_refuses_is_replaced(
     tiny: TinyEngine, gpu: FakeGpu, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +232,82 @@ def test_kernels_of_an_engine_that_was_replaced_go(tiny: TinyEngine, gpu: FakeGp
     ask(tiny, gpu, "f" * 64)
     assert not file.exists()
     assert all(path.exists() for path in (*others, same))
+
+
+def test_who_ends_last_does_not_remove_what_the_directory_has_now(tiny: TinyEngine, gpu: FakeGpu, file: Path) -> None:
+    """The engine was built again while a process still ran the old one."""
+    new = read_manifest(tiny.directory).files["language.engine"].sha256
+    ours, old = (cache_path(tiny.directory / "language.engine", sha, VERSION, "sm89") for sha in (new, SHA))
+    first, second = (session_of(tiny, "language", "rtx", sha) for sha in (SHA, new))
+    for session in (first, second):
+        follow(session, prompts(), 0)
+    assert (ours.exists(), old.exists()) == (True, False)
+    follow(first, prompts(), 3)
+    first.close()
+    assert (ours.exists(), old.exists()) == (True, True)
+    follow(second, prompts(), 3)
+    second.close()
+    assert (ours.exists(), old.exists()) == (True, False)
+
+
+def test_kernels_of_another_version_go_those_for_another_gpu_stay(tiny: TinyEngine, gpu: FakeGpu, file: Path) -> None:
+    file.parent.mkdir(mode=0o700)
+    version, other_gpu = (file.with_name(f"language-{SHA[:16]}-{v}") for v in ("0.9-sm89.bin", "0.9-sm90.bin"))
+    for path in (version, other_gpu):
+        path.write_bytes(b"")
+    ask(tiny, gpu)
+    assert [path.exists() for path in (file, version, other_gpu)] == [True, False, True]
+
+
+@pytest.mark.parametrize("returned", [None, RuntimeError("out of\nmemory")])
+def test_a_library_that_gives_no_kernels_spoils_no_answer(
+    tiny: TinyEngine,
+    gpu: FakeGpu,
+    file: Path,
+    returned: object,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def serialize(cache: object) -> object:
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    monkeypatch.setattr("fake_tensorrt.RuntimeCache.serialize", serialize)
+    assert ask(tiny, gpu) == 2
+    assert f"{file} was not written" in caplog.text
+    assert not file.exists()
+
+
+def test_the_later_kernels_are_written_later(
+    gpu: FakeGpu, file: Path, tiny: TinyEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thread is held while it writes, until the second one waits for it or, wrongly, is done."""
+    device, contents, write = CudaDevice("rtx"), iter([b"old", b"new"]), runtime_cache.write_file
+    cache = RuntimeCache(file, SimpleNamespace(serialize=lambda: next(contents)), device)
+    writes, may_go = threading.Event(), threading.Event()
+
+    def held(path: Path, content: bytes) -> None:
+        if content.endswith(b"old"):
+            writes.set()
+            assert may_go.wait(60)
+        write(path, content)
+
+    def second_run() -> None:
+        cache.close()
+        may_go.set()
+
+    monkeypatch.setattr(runtime_cache, "write_file", held)
+    first, second = threading.Thread(target=cache.count_run), threading.Thread(target=second_run)
+    cache._saving = WatchedLock(  # type: ignore[assignment]
+        cache._saving, lambda: may_go.set() if threading.current_thread() is second else None
+    )
+    first.start()
+    assert writes.wait(60)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    assert file.read_bytes().endswith(b"new")
 
 
 @pytest.mark.parametrize("backend", ["trt", "rtx"])
