@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ import numpy as np
 
 from engines.layer_profile import LayerProfile, collect, forget_times
 from engines.runtime.chat import Chat
+from engines.runtime.decoding import Chunk
 from engines.runtime.engine import Generation, LlavaEngine
 from engines.runtime.memory import MemoryReport
 from engines.runtime.pictures import Geometry
@@ -68,6 +69,8 @@ class Question:
         Raises:
             InputError: a picture that cannot be used, or a prompt with another number of places.
         """
+        if not self.text.strip():
+            raise InputError(f"{'question' if self.template else 'prompt'} must not be empty, got {self.text!r}.")
         for path in self.images:
             open_image(path)
         if (places := self.text.count(IMAGE) + len(self.images) * self.template) != len(self.images):
@@ -165,10 +168,11 @@ def ask(engine: LlavaEngine, question: Question, show: Callable[[str], None] | N
     it comes."""
     manifest, images = engine.manifest, list(question.images)
     sampling = replace(question.sampling, max_new_tokens=question.new_tokens(manifest.limits.max_new_tokens))
-    prompt, earlier = _conversation(engine, question, sampling)
-    first = (
-        engine.generate(images, prompt, sampling) if show is None else _shown(engine, images, prompt, sampling, show)
-    )
+    prompt, earlier = _conversation(engine, question, sampling, show)
+    if show is None:
+        first = engine.generate(images, prompt, sampling)
+    else:
+        first = _shown(engine.stream(images, prompt, sampling), show)
     profiled = engine.options.profile
     if profiled:
         forget_times(engine.model)
@@ -180,21 +184,23 @@ def ask(engine: LlavaEngine, question: Question, show: Callable[[str], None] | N
     return replace(answer, profile=collect(engine.model), memory=engine.memory()) if profiled else answer
 
 
-def _conversation(engine: LlavaEngine, question: Question, sampling: Sampling) -> tuple[str, tuple[str, ...]]:
-    """The prompt, and the answers to the earlier questions in it."""
+def _conversation(
+    engine: LlavaEngine, question: Question, sampling: Sampling, show: Callable[[str], None] | None
+) -> tuple[str, tuple[str, ...]]:
+    """The prompt, and the answers to the earlier questions in it, shown a line each."""
     if not question.earlier:
         return question.prompt(engine.template), ()
     chat, images, answers = Chat(engine, sampling), question.images, list[str]()
     for text in question.earlier:
-        answers += chat.ask(text, images).texts
+        answers += (chat.ask(text, images) if show is None else _shown(chat.stream(text, images), show)).texts
+        if show is not None:
+            show("\n")
         images = ()
     return chat.prompt(question.text)[1], tuple(answers)
 
 
-def _shown(
-    engine: LlavaEngine, images: list[Path], prompt: str, sampling: Sampling, show: Callable[[str], None]
-) -> Generation:
-    with closing(engine.stream(images, prompt, sampling)) as chunks:
+def _shown(stream: Generator[Chunk, None, Generation], show: Callable[[str], None]) -> Generation:
+    with closing(stream) as chunks:
         while True:
             try:
                 chunk = next(chunks)

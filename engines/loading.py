@@ -97,7 +97,7 @@ def choose_backend(manifest: Manifest, name: str) -> Backend:
     if name != own:
         raise EngineError(
             f"backend must be one of {', '.join(dict.fromkeys(('auto', own, 'ort')))} for this directory, which was "
-            f"built for {own}, got {name!r}. Build another with BACKEND={name}."
+            f"built for {own}, got {name!r}. Build another with BACKEND={name} (--backend {name})."
         )
     if not gpu_present():
         raise no_gpu(name)

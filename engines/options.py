@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from flowcut.config import is_integer
 from flowcut.errors import ConfigError
+
+MOST_THREADS = 64
+"""Unless there are more cores. ONNX Runtime starts as many as it is told: a thousand take minutes."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,15 @@ class Options:
             value = getattr(self, name)
             if value is None and name == "threads":
                 continue
-            if not is_integer(value) or value < lowest:
+            if not is_integer(value):
+                raise ConfigError(f"{name} must be a whole number, at least {lowest}, got {value!r}.")
+            if value < lowest:
                 raise ConfigError(f"{name} must be at least {lowest}, got {value!r}.")
+        cores = os.cpu_count() or 1
+        if self.threads is not None and self.threads > max(MOST_THREADS, cores):
+            raise ConfigError(
+                f"threads must be at most {max(MOST_THREADS, cores)}, got {self.threads} (here are {cores} cores)."
+            )
         for name in ("spin", "exact", "cuda_graphs", "profile"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {value!r}.")

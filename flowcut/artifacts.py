@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -24,6 +25,7 @@ from flowcut.contract import Limits, stage_names
 from flowcut.errors import ConfigError, EngineError
 from flowcut.integrity import (
     MANIFEST,
+    NOT_LISTED,
     FileRecord,
     NotPlain,
     check_name,
@@ -126,6 +128,14 @@ class Manifest:
             return "Build it again."
         return f"Build it again: {self.command if self.command.isprintable() else f'{MANIFEST} has the command'}"
 
+    def remedy_in(self, directory: Path) -> str:
+        """The same, where it is known where the directory is to be: it may have been moved since it was built."""
+        with suppress(ValueError):  # quotes that do not close: no build wrote it
+            words = shlex.split(self.command)
+            if words and "--out" not in words:
+                return replace(self, command=shlex.join([*words, "--out", str(directory)])).remedy
+        return self.remedy
+
     def to_json(self) -> str:
         """The one canonical text of this manifest: ASCII, keys sorted, two spaces, newline at the end."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -218,7 +228,9 @@ def what_differs(directory: Path, manifest: Manifest, lines: Sequence[str]) -> s
     """Differences as one message, which names no more of them than can be read."""
     named, rest = lines[:MOST_NAMED], len(lines) - MOST_NAMED
     more = f" and {rest} more" if rest > 0 else ""
-    return f"{directory} must hold what was built there, got {'; '.join(named)}{more}. {manifest.remedy}"
+    foreign = all(f": {NOT_LISTED}" in line for line in lines)
+    remedy = "Move what was added out of it." if foreign else manifest.remedy_in(directory)
+    return f"{directory} must hold what was built there, got {'; '.join(named)}{more}. {remedy}"
 
 
 def publish(target: Path) -> AbstractContextManager[Path]:
@@ -234,7 +246,7 @@ def check_replaceable(target: Path) -> None:
     """Raise EngineError unless `target` is absent, empty, or holds exactly what a build wrote."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    remedy = "Remove it or build into another directory."
+    remedy = "Name a new or empty directory with --out, or remove what is there if it can go."
     if not target.is_dir():
         raise EngineError(f"{target} must be a directory, got a file. {remedy}")
     try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from flowcut.arguments import make_parser
 from flowcut.arguments_run import QUESTION
-from flowcut.errors import FlowCutError
+from flowcut.errors import EngineError, FlowCutError
 from flowcut.printable import printable
 
 if TYPE_CHECKING:
@@ -308,7 +308,13 @@ def _inspect(arguments: argparse.Namespace) -> Result:
     from engines import report
     from engines.inspection import inspect_directory
 
-    found = inspect_directory(arguments.directory, arguments.check)
+    try:
+        found = inspect_directory(arguments.directory, arguments.check)
+    except EngineError as error:
+        if not (arguments.check and arguments.directory.is_dir()):
+            raise
+        _complain(str(error))
+        return {"manifest": None, "differences": [str(error)], "checks": [], "ok": False}
     report.inspected(_console(), arguments.directory, found.manifest)
     report.checked(_console(), found.checks)
     if not found.ok:

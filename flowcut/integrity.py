@@ -22,6 +22,7 @@ from flowcut.errors import ConfigError
 from flowcut.printable import printable
 
 MANIFEST = "manifest.json"
+NOT_LISTED = "not in the manifest"
 _CHUNK_BYTES, _MOST_THREADS = 1 << 20, 8
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -138,7 +139,7 @@ def _visible(found: os.stat_result | None, expected: FileRecord | None) -> str:
     if found is None:
         return "missing"
     if expected is None:
-        return ", ".join(["not in the manifest", *filter(None, [kind_of(found)])])
+        return ", ".join([NOT_LISTED, *filter(None, [kind_of(found)])])
     if kind := kind_of(found):
         return f"expected a plain file, got {kind}"
     if found.st_size != expected.bytes:

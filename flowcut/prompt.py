@@ -214,6 +214,7 @@ def question_prompt(question: str, images: int = 1, anyres: bool = False) -> str
     """A question in the conversation template of LLaVA-1.5, or of LLaVA-NeXT on Vicuna, the images before it."""
     from flowcut.chat import default_template, user
 
+    _text(question)
     return default_template(anyres).render([user(question, images)])
 
 

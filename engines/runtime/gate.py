@@ -103,7 +103,11 @@ class Gate:
     def _wait(self, waiter: _Waiter, control: Control) -> None:
         if not waiter.turn.acquire(blocking=False):
             if set(self._at_work) == {waiter.thread}:
-                LOG.warning("a thread waits for a place, and entered all %d itself: does it end them?", self._places)
+                LOG.warning(
+                    "a request waits for its own thread, which holds all %d places: close its streams, or raise "
+                    "concurrency",
+                    self._places,
+                )
             with self._counters.waiting() if waiter.bounded else nullcontext():
                 while not waiter.turn.acquire(timeout=control.wait_s()):
                     control.check()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowcut.config import is_integer, is_number
-from flowcut.errors import ConfigError, EngineError, InputError
+from flowcut.errors import ConfigError, EngineError, TooLarge
 
 NEW_TOKENS = 64
 STRONGEST = 1e6
@@ -61,14 +61,14 @@ class Sampling:
         """The same with a number for max_new_tokens, of an engine built for at most `limit`.
 
         Raises:
-            InputError: it asks for more.
+            TooLarge: it asks for more.
         """
         if self.max_new_tokens is None:
             return replace(self, max_new_tokens=min(NEW_TOKENS, limit))
         if self.max_new_tokens > limit:
-            raise InputError(
+            raise TooLarge(
                 f"max_new_tokens must be in 1..{limit} (the engine's limit), got {self.max_new_tokens!r}. Ask for "
-                "fewer, or rebuild the engine with --max-new-tokens."
+                f"fewer, or rebuild the engine with --max-new-tokens {self.max_new_tokens}."
             )
         return self
 

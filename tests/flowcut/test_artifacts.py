@@ -174,7 +174,20 @@ def test_a_command_with_any_path_survives(target: Path) -> None:
 
 def test_the_remedy_is_the_command_where_it_is_known() -> None:
     assert MANIFEST_OF_7B.remedy == "Build it again."
-    assert replace(MANIFEST_OF_7B, command="flowcut engine m").remedy == "Build it again: flowcut engine m"
+    known = replace(MANIFEST_OF_7B, command="flowcut engine m")
+    assert known.remedy == "Build it again: flowcut engine m"
+    assert known.remedy_in(Path("a b")) == "Build it again: flowcut engine m --out 'a b'"
+    told = replace(known, command="flowcut engine m --out there")
+    assert told.remedy_in(Path("here")) == told.remedy
+    assert MANIFEST_OF_7B.remedy_in(Path("here")) == "Build it again."
+
+
+def test_what_was_only_added_is_to_be_moved_out(target: Path) -> None:
+    manifest = build(target, graph=b"x")
+    (target / "notes.txt").write_text("mine")
+    assert what_differs(target, manifest, check_files(target, manifest)).endswith("Move what was added out of it.")
+    (target / "graph").unlink()
+    assert what_differs(target, manifest, check_files(target, manifest)).endswith("Build it again.")
 
 
 def test_a_manifest_that_is_no_plain_file_is_refused(target: Path) -> None:
@@ -188,7 +201,7 @@ def test_a_manifest_that_is_no_plain_file_is_refused(target: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(EngineError, match="got: a pipe, not a plain file"):
         read_manifest(target)
-    with pytest.raises(EngineError, match="Remove it or build into another directory"):
+    with pytest.raises(EngineError, match="Name a new or empty directory with --out"):
         build(target)
     path.unlink()
     path.mkdir()
@@ -426,7 +439,7 @@ def test_somebodys_empty_folder_is_not_replaced(target: Path) -> None:
 @pytest.mark.parametrize("prepare", [foreign, web_page, engine_and_notes])
 def test_somebody_elses_files_are_never_replaced(target: Path, prepare: Callable[[Path], None]) -> None:
     prepare(target)
-    with pytest.raises(EngineError, match="Remove it or build into another directory"):
+    with pytest.raises(EngineError, match="Name a new or empty directory with --out"):
         build(target, new=b"2")
     assert (target / "thesis.tex").read_text() == "mine"
     assert [p.name for p in target.parent.iterdir()] == ["engine"]

@@ -234,6 +234,9 @@ def test_inspect_check_says_what_was_checked(command: Command) -> None:
     assert (done.code, done.result["ok"]) == (1, False)
     assert done.result["checks"][1]["verdict"] == "differs"
     assert [line.split(": ")[0] for line in done.result["differences"]] == ["vision.onnx.data"]
+    Path("e/manifest.json").write_text("{}")
+    done = command("inspect", "e", "--check")
+    assert (done.code, done.result["ok"], done.result["manifest"], done.result["checks"]) == (1, False, None, [])
 
 
 @pytest.mark.parametrize("schedule", ["adaptive", "static", "masked"])

@@ -180,7 +180,7 @@ BUILD: dict[str, tuple[str, str]] = {
     "out and a file": ("llava-tiny --backend ort --out picture.png", r"picture\.png must be a directory, got a file"),
     "somebody's files": (
         "llava-tiny --backend ort --out .",
-        r"must be empty or an engine directory, got neither\. Remove",
+        r"must be empty or an engine directory, got neither\. Name a new",
     ),
     "question without place": (
         "llava-tiny --ask --prompt Why?",
@@ -228,7 +228,9 @@ QUESTIONS: dict[str, tuple[list[str], str]] = {
         ["--prompt", PLACE, "--image", "picture.png", "--image", "picture.png"],
         r"one <image> for each image \(2\), got 1",
     ),
-    "empty prompt": (["--prompt", ""], r"prompt must have one <image> for each image \(1\), got 0"),
+    "empty prompt": (["--prompt", ""], "prompt must not be empty, got ''"),
+    "empty question": (["--question", " "], "question must not be empty, got ' '"),
+    "many threads": (["--threads", "100000"], r"threads must be at most \d+, got 100000"),
     "long prompt": (
         ["--question", "why " * 90],
         r"prompt 0 must have 1\.\.64 tokens, got \d+ \(16 of them visual\)\. .*--max-prompt \d+",

@@ -93,6 +93,9 @@ def test_several_questions_are_turns_of_one_chat(run: Run, engine: Any) -> None:
     told, chat = json.loads(lines[-1]), Chat(engine, Sampling(9))
     answers = [chat.ask(text, [] if chat.messages else [SCENE]).texts[0] for text in questions]
     assert [*told["earlier"], told["answer"]] == answers
+    _, streamed, _ = run(*(word for text in questions for word in ("--question", text)), "--stream")
+    shown = ["".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text) for text in answers]
+    assert "\n".join(streamed).startswith("\n".join(shown))
     (prompt,) = (line for line in lines if line.startswith("prompt"))
     assert prompt.count("USER:") == 3
     assert "USER: Why? ASSISTANT:" in prompt
@@ -104,7 +107,7 @@ def test_several_questions_are_turns_of_one_chat(run: Run, engine: Any) -> None:
         (("--temperature", -1), "temperature must be a number at least 0"),
         (("--top-p", 2), "top_p must be a number above 0 and at most 1"),
         (("--top-k", 0), "top_k must be at least 1"),
-        (("--repetition-penalty", 0), "repetition_penalty must be a number above 0"),
+        (("--repetition-penalty", 0), "repetition_penalty must be a number from"),
         (("--seed", -1), "seed must be at least 0"),
         (("--stop", ""), "stop must be strings of at least one character"),
         (("--question", "word " * 70, "--question", "word " * 70), r"prompt 0 must have 1\.\.120 tokens"),

@@ -388,7 +388,7 @@ def test_a_thread_that_waits_for_itself_is_told(caplog: pytest.LogCaptureFixture
     with pytest.raises(RequestCancelled), gate.enter(GivesUp(), bounded=False):
         pass
     assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
-        "a thread waits for a place, and entered all 2 itself: does it end them?"
+        "a request waits for its own thread, which holds all 2 places: close its streams, or raise concurrency"
     ]
 
 
