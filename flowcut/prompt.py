@@ -214,7 +214,7 @@ def question_prompt(question: str, images: int = 1, anyres: bool = False) -> str
     """A question in the conversation template of LLaVA-1.5, or of LLaVA-NeXT on Vicuna, the images before it."""
     from flowcut.chat import default_template, user
 
-    _text(question)
+    _sized(question)
     return default_template(anyres).render([user(question, images)])
 
 
@@ -225,11 +225,16 @@ def _parse(text: str, path: Path) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path} must be a tokenizer of the tokenizers library, got: {error}.") from None
 
 
-def _text(prompt: object) -> str:
+def _sized(prompt: object) -> str:
     if not isinstance(prompt, str):
         raise InputError(f"prompt must be text, got {type(prompt).__name__}.")
     if len(prompt) > MAX_CHARACTERS:
         raise InputError(f"prompt must have at most {MAX_CHARACTERS} characters, got {len(prompt)}. Shorten it.")
+    return prompt
+
+
+def _text(given: object) -> str:
+    prompt = _sized(given)
     if not prompt.strip():
         raise InputError(f"prompt must not be empty, got {prompt[:20]!r}. Write a question.")
     try:

@@ -280,3 +280,11 @@ def test_question_prompt_of_llava_next_is_vicunas() -> None:
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the human's questions. USER: <image>\nWhy? ASSISTANT:"
     )
+
+
+@pytest.mark.parametrize(
+    ("question", "message"), [(5, "must be text, got int"), ("x" * 300_000, "got 300000. Shorten")]
+)
+def test_a_question_is_refused_before_it_is_put_into_a_template(question: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        question_prompt(question)
