@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from flowcut.errors import EngineError
@@ -76,8 +76,10 @@ def replacing(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(target))
     with _write_errors(target):
-        check(target)
-        _check_movable(target)
+        # Behind the lock, else where directories take two renames another build's could be in the midst of them.
+        with _locked(target.parent) if target.parent.is_dir() else nullcontext():
+            check(target)
+            _check_movable(target)
         with ExitStack() as stack:
             try:
                 partial = _begin(target, stack)
