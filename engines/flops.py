@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 GROUPS = ("linear", "attention", "scoring", "rest")
+GATHERING = ("Gather", "GatherElements", "GatherND")
+"""Read of a table the rows that are asked for."""
+VIEWS = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""Give a tensor another shape and move nothing."""
 Shape = tuple[int, ...]
 _SCORING = "flowcut"  # domain of FlowScore's functions
 _DOMAIN = "flops.domain"
@@ -46,7 +50,7 @@ _UNKNOWN = {
 }
 """Whose operations are not one per element, and which no graph here has."""
 _KEPT = 1024
-"""Constants of at most so many elements, which may be shapes or axes, keep their values for shape inference."""
+"""Whole numbers of at most so many elements, which may be shapes or axes, keep their values for shape inference."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +83,83 @@ def count(path: Path, sizes: Mapping[str, int], *, causal: bool = False) -> Flop
 
 def count_model(model: ir.Model, sizes: Mapping[str, int], *, causal: bool = False) -> Flops:
     """`count` of a model in memory, which is not changed; weights that load when saved are not loaded."""
+    groups, ops = dict.fromkeys(GROUPS, 0), dict[str, int]()
+    for each in counted_nodes(flat_graph(model, sizes), causal=causal):
+        if each.group is None:
+            continue
+        groups[each.group] += each.flops
+        if each.flops:
+            ops[each.node.op_type] = ops.get(each.node.op_type, 0) + each.flops
+    return Flops(groups, dict(sorted(ops.items())))
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A graph without functions and weights, all of whose sizes are known.
+
+    Attributes:
+        shapes: of every value whose shape follows from the sizes; types: ONNX's numbers of their elements' types.
+    """
+
+    graph: ir.Graph
+    shapes: Mapping[str, Shape]
+    types: Mapping[str, int]
+
+    def bytes_of(self, name: str) -> int:
+        """Of a whole value, as it is stored: int4 two to a byte.
+
+        Raises:
+            EngineError: its shape does not follow from the sizes.
+        """
+        if name not in self.shapes:
+            raise EngineError(f"shape of {name!r} must follow from the sizes of the inputs' dimensions, got none.")
+        bits: int = require("onnx_ir", extra="export").DataType(self.types[name]).bitwidth
+        return -(-prod(self.shapes[name]) * bits // 8)
+
+
+@dataclass(frozen=True)
+class CountedNode:
+    """One node, in the graph's order. `group` is one of GROUPS, None for a node that depends on no input."""
+
+    node: ir.Node
+    group: str | None
+    flops: int
+
+
+def flat_graph(model: ir.Model, sizes: Mapping[str, int]) -> FlatGraph:
+    """Inline and infer a model, which is not changed. See `count` for the sizes and what is raised."""
     flat = _inlined(model)
     _set_sizes(flat, sizes)
-    return _Counter(_shapes(flat), causal).run(flat.graph)
+    return FlatGraph(flat.graph, *_inferred(flat))
+
+
+def counted_nodes(flat: FlatGraph, *, causal: bool = False) -> Iterator[CountedNode]:
+    """Every node with its operations."""
+    return _Counter(flat.shapes, causal).run(flat.graph)
+
+
+def named_dims(model: ir.Model) -> set[str]:
+    """The named dimensions of a model's inputs."""
+    return {str(dim.value) for dim in _dims(model) if not isinstance(dim, int)}
 
 
 class _Counter:
-    """Adds up a graph's nodes. Constants are values that depend on no input."""
+    """Counts a graph's nodes. Constants are values that depend on no input."""
 
     def __init__(self, shapes: Mapping[str, Shape], causal: bool) -> None:
         self._shapes, self._causal = shapes, causal
         self._constants = set[str]()
 
-    def run(self, graph: ir.Graph) -> Flops:
+    def run(self, graph: ir.Graph) -> Iterator[CountedNode]:
         self._constants = {str(name) for name in graph.initializers}
-        groups, ops = dict.fromkeys(GROUPS, 0), dict[str, int]()
         for node in graph:
             known = all(value.name in self._constants for value in _present(node.inputs))
             if known and node.op_type not in _UNKNOWN:  # some have graphs of their own, which see other values
                 self._constants |= {str(value.name) for value in node.outputs}
+                yield CountedNode(node, None, 0)
                 continue
             group, flops = self._node(node)
-            groups["scoring" if node.metadata_props.get(_DOMAIN) == _SCORING else group] += flops
-            if flops:
-                ops[node.op_type] = ops.get(node.op_type, 0) + flops
-        return Flops(groups, dict(sorted(ops.items())))
+            yield CountedNode(node, "scoring" if node.metadata_props.get(_DOMAIN) == _SCORING else group, flops)
 
     def _node(self, node: ir.Node) -> tuple[str, int]:
         """Group and operations."""
@@ -173,10 +229,10 @@ def _inlined(model: ir.Model) -> ir.Model:
     require("onnx", extra="export")
     ir = require("onnx_ir", extra="export")
     passes = require("onnx_ir.passes.common", extra="export")
-    copy = _copied(model)
+    copy, whole = _copied(model), (ir.DataType.INT32, ir.DataType.INT64)
     for value in copy.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.size > _KEPT:
+        if tensor is not None and (tensor.size > _KEPT or tensor.dtype not in whole):
             value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=tensor.shape, name=value.name)
     for function in copy.functions.values():
         for node in function:
@@ -196,7 +252,7 @@ def _copied(model: ir.Model) -> ir.Model:
 
 def _set_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Replace the named dimensions of the inputs."""
-    named = {str(dim.value) for dim in _dims(model) if not isinstance(dim, int)}
+    named = named_dims(model)
     if named != sizes.keys() or any(size < 1 for size in sizes.values()):
         raise ConfigError(
             f"sizes must give a number of at least 1 for each of {', '.join(sorted(named)) or 'no dimension'}, "
@@ -214,8 +270,8 @@ def _dims(model: ir.Model) -> Iterator[Any]:
             yield from value.shape
 
 
-def _shapes(model: ir.Model) -> dict[str, Shape]:
-    """Of all values whose shapes are known."""
+def _inferred(model: ir.Model) -> tuple[dict[str, Shape], dict[str, int]]:
+    """Shapes and element types of all values whose shapes are known."""
     ir, onnx = require("onnx_ir", extra="export"), require("onnx", extra="export")
     try:
         inferred = onnx.shape_inference.infer_shapes(ir.to_proto(model), strict_mode=True, data_prop=True)
@@ -223,7 +279,10 @@ def _shapes(model: ir.Model) -> dict[str, Shape]:
         raise EngineError(f"shapes must fit together in the graph, got: {' '.join(str(error).split())}.") from None
     infos = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
     shapes = {info.name: shape for info in infos if (shape := _static(info)) is not None}
-    return shapes | {tensor.name: tuple(tensor.dims) for tensor in inferred.graph.initializer}
+    types = {info.name: info.type.tensor_type.elem_type for info in infos if info.name in shapes}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in inferred.graph.initializer}
+    types |= {tensor.name: tensor.data_type for tensor in inferred.graph.initializer}
+    return shapes, types
 
 
 def _static(info: onnx.ValueInfoProto) -> Shape | None:

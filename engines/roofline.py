@@ -17,7 +17,7 @@ from flowcut.errors import ConfigError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-MIB = 2**20
+MIB, GB = 2**20, 10**9
 LAUNCH_US = (0.9, 2.2)
 """An assumption: microseconds that one more small kernel adds. As much as one of 10,000 kernels on 4,096 doubles took
 in a CUDA graph on L40 (0.94), A100 (1.34) and H200 (2.18): github.com/te42kyfo/gpu-benches, gpu-small-kernels."""
@@ -34,6 +34,8 @@ class Gpu:
         l2_bytes: size of the L2 cache.
         l2_gbps: what reads from L2 were measured to reach; None where no measurement is known to us.
         sources: where each of these numbers is from.
+        fp32_tflops: float32 arithmetic outside the tensor cores, 10^12 operations a second.
+        memory_bytes: of device memory, the maker's GB being 10^9.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Gpu:
     l2_bytes: int
     l2_gbps: float | None
     sources: Mapping[str, str] = field(compare=False)
+    fp32_tflops: float | None = None
+    memory_bytes: int | None = None
 
     def arithmetic_us(self, flops: float) -> float:
         return flops / self.fp16_tflops / 1e6
@@ -60,12 +64,14 @@ class Gpu:
 
 
 def _sources(compute: str, memory: str, l2: str, l2_speed: str = "") -> dict[str, str]:
-    named = {"fp16_tflops": compute, "memory_gbps": memory, "l2_bytes": l2}
-    return {**named, "l2_gbps": l2_speed} if l2_speed else named
+    """`compute` is the source of both rates of arithmetic, `memory` of the memory's speed and size."""
+    named = {"fp16_tflops": compute, "fp32_tflops": compute, "memory_gbps": memory, "memory_bytes": memory}
+    return {**named, "l2_bytes": l2, **({"l2_gbps": l2_speed} if l2_speed else {})}
 
 
 _A100 = "NVIDIA A100 80GB datasheet (2021)"
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture (whitepaper), table 3"
+_H200 = "NVIDIA H200 Tensor Core GPU datasheet"
 _ADA = "NVIDIA Ada GPU Architecture (whitepaper), appendix A"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture (whitepaper), appendix A"
 _L40S = "NVIDIA L40S datasheet"
@@ -77,34 +83,53 @@ GPUS = (
         _sources(
             _A100, _A100, "NVIDIA A100 Tensor Core GPU Architecture (whitepaper)", _BENCH + "a100_80.txt, 2-24 MB"
         ),
+        *(19.5, 80 * GB),
     ),
     Gpu(
         *("H100 SXM", 90, 989.4, 3352.0, 50 * MIB, 9700.0),
         _sources(_HOPPER, _HOPPER, _HOPPER, _BENCH + "h200.txt, 12-40 MB: the H200 has the H100's chip and L2"),
+        *(66.9, 80 * GB),
     ),
     Gpu(
         *("L40S", 89, 362.05, 864.0, 96 * MIB, 5200.0),
         _sources(_L40S, _L40S, _ADA, _BENCH + "l40.txt, 2-90 MB: the L40 has the L40S's chip and L2"),
+        *(91.6, 48 * GB),
     ),
-    Gpu("RTX 4090", 89, 165.2, 1008.0, 72 * MIB, None, _sources(_ADA, _ADA, _ADA)),
-    Gpu("RTX 5090", 120, 209.5, 1792.0, 96 * MIB, None, _sources(_BLACKWELL, _BLACKWELL, _BLACKWELL)),
+    Gpu("RTX 4090", 89, 165.2, 1008.0, 72 * MIB, None, _sources(_ADA, _ADA, _ADA), 82.6, 24 * GB),
+    Gpu(
+        *("RTX 5090", 120, 209.5, 1792.0, 96 * MIB, None),
+        _sources(_BLACKWELL, _BLACKWELL, _BLACKWELL),
+        *(104.8, 32 * GB),
+    ),
     Gpu(
         *("Jetson AGX Orin 64GB", 87, 42.5, 204.8, 4 * MIB, None),
-        _sources(_ORIN + ": 170 sparse INT8 TOPS of its GPU, / 2 dense, / 2 float16", _ORIN, _ORIN),
+        _sources(_ORIN + ": 170 sparse INT8 TOPS of its GPU, / 2 dense, / 2 float16; 5.3 float32", _ORIN, _ORIN),
+        *(5.3, 64 * GB),
     ),
 )
+H200 = Gpu(
+    *("H200 SXM", 90, 989.4, 4800.0, 50 * MIB, 9700.0),
+    _sources(_HOPPER + ": the H200 has the H100's chip", _H200, _HOPPER, _BENCH + "h200.txt, 12-40 MB"),
+    *(66.9, 141 * GB),
+)
+KNOWN = (*GPUS, H200)
+"""All that `find_gpu` finds. GPUS are one of each chip, which docs/results/scoring_cost.md compares."""
 
 
 def find_gpu(name: str) -> Gpu:
-    """The one GPU whose name contains `name`, whatever the case.
+    """The one GPU whose name contains `name`, whatever the case; spaces and hyphens mean nothing.
 
     Raises:
         ConfigError: none or several do.
     """
-    found = [gpu for gpu in GPUS if name.lower() in gpu.name.lower()]
-    if not name or len(found) != 1:
-        raise ConfigError(f"gpu must be one of {', '.join(gpu.name for gpu in GPUS)}, got {name!r}.")
+    found = [gpu for gpu in KNOWN if _plain(name) in _plain(gpu.name)]
+    if not _plain(name) or len(found) != 1:
+        raise ConfigError(f"gpu must be one of {', '.join(gpu.name for gpu in KNOWN)}, got {name!r}.")
     return found[0]
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(" ", "").replace("-", "")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.roofline import GPUS, LAUNCH_US, EncoderLayer, Gpu, encoder_layer, find_gpu
+from engines.roofline import KNOWN, LAUNCH_US, EncoderLayer, Gpu, encoder_layer, find_gpu
 from export.vision import vision_model
 from flowcut.checkpoint import random_weights
 from flowcut.config import LlavaConfig, Precision, TextConfig, VisionConfig
@@ -72,14 +72,15 @@ def test_without_a_known_l2_bandwidth_reads_from_it_are_free() -> None:
     assert find_gpu("5090").l2_us(10**9) == 0
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", KNOWN, ids=lambda gpu: gpu.name)
 def test_every_figure_names_its_source(gpu: Gpu) -> None:
-    figures = {name for name in ("fp16_tflops", "memory_gbps", "l2_bytes", "l2_gbps") if getattr(gpu, name) is not None}
+    names = ("fp16_tflops", "memory_gbps", "l2_bytes", "l2_gbps", "fp32_tflops", "memory_bytes")
+    figures = {name for name in names if getattr(gpu, name) is not None}
     assert set(gpu.sources) == figures
     assert all(gpu.sources.values())
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", KNOWN, ids=lambda gpu: gpu.name)
 def test_caches_are_faster_than_memory_and_arithmetic_than_both(gpu: Gpu) -> None:
     assert gpu.l2_gbps is None or gpu.memory_gbps < gpu.l2_gbps < gpu.fp16_tflops * 1e3
     assert gpu.sm // 10 in (8, 9, 10, 12)
@@ -87,12 +88,18 @@ def test_caches_are_faster_than_memory_and_arithmetic_than_both(gpu: Gpu) -> Non
 
 
 def test_a_gpu_is_found_by_part_of_its_name() -> None:
-    assert [find_gpu(name).sm for name in ("a100", "H100", "l40s", "RTX 4090", "5090", "orin")] == [
-        *(80, 90, 89, 89, 120, 87)
-    ]
+    names = ("a100", "H100", "l40s", "RTX 4090", "5090", "orin", "H200", "rtx-4090", "RTX5090", "a100-sxm")
+    assert [find_gpu(name).sm for name in names] == [80, 90, 89, 89, 120, 87, 90, 89, 120, 80]
 
 
-@pytest.mark.parametrize("name", ["", "RTX", "V100"])
+def test_an_h200_is_an_h100_with_more_memory() -> None:
+    h100, h200 = find_gpu("H100"), find_gpu("H200")
+    assert h200.fp16_tflops == h100.fp16_tflops
+    assert h200.memory_gbps / h100.memory_gbps == pytest.approx(1.43, abs=0.01)
+    assert (h100.memory_bytes, h200.memory_bytes) == (80 * 10**9, 141 * 10**9)
+
+
+@pytest.mark.parametrize("name", ["", "-", "RTX", "V100", "SXM"])
 def test_a_gpu_that_is_not_one_of_the_table_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="gpu must be one of A100 SXM 80GB, H100 SXM"):
         find_gpu(name)
