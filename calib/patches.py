@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 def to_mask(numbers: Iterable[int]) -> int:
     """The mask of some patch numbers."""
-    return sum(1 << number for number in set(numbers))
+    return sum(1 << int(number) for number in set(numbers))
 
 
 def jaccard(a: int, b: int) -> float:

@@ -39,18 +39,18 @@ from engines.loading import graph_contracts, graph_precisions
 from engines.numerics import CALIBRATION, Numerics
 from engines.runners import Feeds, engine_runner, onnx_runner, polygraphy, run_steps, sizes_of_feeds
 from engines.sessions.session import Array, feeds_of, results_of
+from engines.source import source_weights
 from engines.stored import stored_weights, worst
 from engines.trust import checks_here
 from engines.verify_inputs import Prompts, pictures, prompts, tilings, vision_inputs
 from engines.verify_rows import decoder_values, first_finite, kept_problem, same_tokens
 from engines.widen import NOTE, widened_contract
-from flowcut.aliases import ALIASES, resolve
 from flowcut.anyres import Tiling
 from flowcut.artifacts import Manifest, check_files, read_manifest
-from flowcut.checkpoint import Weights, random_weights
+from flowcut.checkpoint import Weights
 from flowcut.contract import GraphContract
 from flowcut.deps import require
-from flowcut.errors import CheckpointError, ConfigError, EngineError, FlowCutError
+from flowcut.errors import ConfigError, EngineError, FlowCutError
 from flowcut.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def verify(directory: Path, *, checkpoint: str | None = None, seed: int = 0, sam
     manifest = read_manifest(directory)
     require("onnxruntime", extra="cpu")
     with polygraphy(manifest.backend):
-        weights, why_not = _reference_weights(manifest, checkpoint)
+        weights, why_not = source_weights(manifest, checkpoint)
         exported = None if weights is None else _exported(directory, manifest, weights)
         check = _Verification(directory, manifest, exported, why_not)
         check.run(seed, samples)
@@ -322,33 +322,3 @@ def expected_metadata(manifest: Manifest, graph: str) -> dict[str, str]:
         "flowcut.schedule": json.dumps(dict(manifest.schedule), sort_keys=True),
         "flowcut.precision": graph_precisions(manifest)[graph],
     } | ({} if manifest.llm_tokens is None else {"flowcut.llm_tokens": str(manifest.llm_tokens)})
-
-
-def _reference_weights(manifest: Manifest, checkpoint: str | None) -> tuple[Weights | None, str]:
-    """The tensors that the directory was built from, or why there are none. A wrong `checkpoint` is an error."""
-    try:
-        require("torch", extra="torch")
-        weights = _open_weights(manifest, checkpoint)
-    except FlowCutError as error:
-        if checkpoint is not None:
-            raise
-        return None, str(error)
-    if weights is None:
-        return None, "checkpoint not found; pass --checkpoint DIR"
-    if weights.sha256 == manifest.source_sha256:
-        return weights, ""
-    problem = f"the one that was exported (sha256 {manifest.source_sha256 or 'not known'}), got {weights.sha256}"
-    if checkpoint is not None:
-        raise CheckpointError(f"checkpoint must be {problem}. Pass another --checkpoint, or build the engine again.")
-    return None, f"{manifest.model} is not {problem}; pass --checkpoint DIR"
-
-
-def _open_weights(manifest: Manifest, checkpoint: str | None) -> Weights | None:
-    layers = manifest.geometry.text.num_hidden_layers
-    if checkpoint is not None:
-        return resolve(checkpoint, decoder_layers=layers).weights
-    if manifest.weights == "random":
-        return random_weights(manifest.geometry, manifest.seed)
-    if manifest.source in ALIASES or Path(manifest.source).is_dir():
-        return resolve(manifest.source, decoder_layers=layers).weights
-    return None

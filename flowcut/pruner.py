@@ -112,6 +112,8 @@ class Pruner:
         return torch.full((len(self._numbers),), self._patches, device=self._numbers.device)
 
     def _kept_now(self) -> list[Tensor]:
+        if self._valid_count is None:
+            return list(self._numbers)  # nobody waits for the device
         counts = self._count().tolist()
         return [numbers[:n] for numbers, n in zip(self._numbers, counts, strict=True)]
 

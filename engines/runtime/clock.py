@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 
 class Clock:
-    """Starts when it is made. What happens between two calls of `stop` belongs to the second's stage."""
+    """Starts when it is made. What happens between two calls of `stop` belongs to the second's stage.
 
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
+    Args:
+        now: seconds; a benchmark's waits for the device before it looks (engines.bench.timing.synchronised).
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._start = self._last = now()
         self.stages: dict[str, float] = {}
 
     def stop(self, stage: str) -> None:
         """What happened since the last stop was `stage`, or more of it."""
-        now = time.perf_counter()
+        now = self._now()
         self.stages[stage] = self.stages.get(stage, 0.0) + (now - self._last) * 1e3
         self._last = now
 
     def skip(self) -> None:
         """What happened since the last stop belongs to nobody."""
-        self._last = time.perf_counter()
+        self._last = self._now()
 
     def since_start(self) -> float:
         """Milliseconds."""
-        return (time.perf_counter() - self._start) * 1e3
+        return (self._now() - self._start) * 1e3

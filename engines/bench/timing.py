@@ -1,0 +1,113 @@
+"""How a benchmark takes time, and what it makes of it. Nothing here knows what is being timed.
+
+Three rules, each with a test of its own (tests/engines/bench/test_timing.py):
+
+    synchronised    the device has finished before a clock is read, at the beginning of a stage and at its end
+    turns           subjects take turns within one process; every other round goes backwards, so that whatever slows
+                    the machine for a while slows all of them; rounds of warm-up come first and are counted nowhere
+    Summary, Ratio  order statistics of single runs; a ratio is the median of ratios of runs of the same round
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+WIDEST = 0.10
+"""Of a spread. A median whose middle half is wider is said to be uncertain."""
+DRAWS = 2000
+"""Of the bootstrap."""
+
+
+def synchronised(synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """A clock, in seconds, that is read when the device has nothing left to do."""
+
+    def reading() -> float:
+        synchronize()
+        return now()
+
+    return reading
+
+
+def turns(subjects: int, warmup: int, repeats: int) -> Iterator[tuple[int, int]]:
+    """(round, subject), in the order to run them. Rounds below 0 are warm-up."""
+    for number in range(-warmup, repeats):
+        order = range(subjects) if number % 2 == 0 else range(subjects - 1, -1, -1)
+        yield from ((number, subject) for subject in order)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Milliseconds of n runs.
+
+    Attributes:
+        p90, p99: percentiles, interpolated between runs; of fewer than 100 runs p99 lies between the two slowest.
+        spread: (third quartile - first quartile) / median.
+    """
+
+    median: float
+    p90: float
+    p99: float
+    min: float
+    max: float
+    n: int
+    spread: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Summary:
+        """Of at least one value."""
+        low, median, high, p90, p99 = np.percentile(values, [25, 50, 75, 90, 99]).tolist()
+        ends = float(min(values)), float(max(values))
+        return Summary(median, p90, p99, *ends, len(values), (high - low) / median if median else 0.0)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the median may not be trusted to a tenth."""
+        return self.spread > WIDEST
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value if name == "n" else round(value, 4) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one subject is than another.
+
+    Attributes:
+        ratio: median, over rounds, of the other's milliseconds / this one's.
+        low, high: its 95% interval, bootstrapped over rounds.
+        n: rounds.
+        flop_ratio: what it would be if time followed the operations; None where they were not counted.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    n: int
+    flop_ratio: float | None = None
+
+    @staticmethod
+    def of(ours: Sequence[float], theirs: Sequence[float], flop_ratio: float | None = None) -> Ratio:
+        """Of milliseconds of the same rounds."""
+        pairs = np.divide(theirs, ours)
+        draws = np.random.default_rng(0).integers(0, len(pairs), (DRAWS, len(pairs)))
+        low, high = np.percentile(np.median(pairs[draws], axis=1), [2.5, 97.5]).tolist()
+        return Ratio(float(np.median(pairs)), low, high, len(pairs), flop_ratio)
+
+    @property
+    def share_of_flop_ratio(self) -> float | None:
+        """1 where time follows the operations."""
+        return None if self.flop_ratio is None else self.ratio / self.flop_ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        share = self.share_of_flop_ratio
+        return {
+            **{name: round(getattr(self, name), 4) for name in ("ratio", "low", "high")},
+            "n": self.n,
+            "flop_ratio": None if self.flop_ratio is None else round(self.flop_ratio, 4),
+            "share_of_flop_ratio": None if share is None else round(share, 4),
+        }
