@@ -16,13 +16,18 @@ DECODER_LAYERS =
 IMAGE          =
 QUESTION       =
 ARGS           =
+PRUNED         =
+BASELINE       =
+BENCH          =
+RESULTS        =
 SCALE          = full
 OUT            =
 
 define HELP
 make engine      export and compile MODEL into build/, ask it one question about one picture
 make tiny        train llava-tiny from nothing into build/tiny-$(SCALE); goes on where it was interrupted
-make results     measure accuracy against tokens kept again, and what the runtime costs, for docs/results
+make bench       engine and its unpruned baseline, then latency of both, stage by stage, beside the FLOP limit
+make results     measure every table of docs/results again: hours; RESULTS="prefill_latency plan" names some
 make setup       install everything for development into .venv
 make test        lint, then the tests that take seconds (no GPU, no network)
 make test-long   the tests that take minutes
@@ -52,6 +57,12 @@ Variables of make engine, as in `make engine MODEL=llava-1.5-7b TOKENS=128`:
   IMAGE=               the picture to ask about; empty: a bundled one
   QUESTION=            the question; empty: a bundled one
   ARGS=                anything else for `flowcut engine` (see .venv/bin/flowcut engine --help)
+And of make bench:
+  PRUNED=              an engine directory that is there already, instead of building it
+  BASELINE=            the same of the unpruned one
+  BENCH=               options for `flowcut bench` (see .venv/bin/flowcut bench --help), as BENCH="--peers --batch 1,4"
+Variables of make results:
+  RESULTS=             scripts of docs/results to run, without .py; empty: all of them
 Variables of make tiny:
   SCALE=$(SCALE)           full, or smoke: the same path in a minute, which learns little
   OUT=                 the checkpoint to write; empty: build/tiny-$(SCALE)/llava-tiny
@@ -70,7 +81,9 @@ EXTRAS_trt  := export,cpu,trt
 EXTRAS_auto := $(EXTRAS_rtx)
 comma       := ,
 stamp        = $(VENV)/.installed-$(subst $(comma),-,$(1))
-ENGINE      := $(call stamp,$(or $(EXTRAS_$(BACKEND)),$(EXTRAS_ort)))
+EXTRAS      := $(or $(EXTRAS_$(BACKEND)),$(EXTRAS_ort))
+ENGINE      := $(call stamp,$(EXTRAS))
+BENCHMARK   := $(call stamp,$(EXTRAS),plot,torch)
 DEV         := $(call stamp,dev)
 # Types of TensorRT's Python interface, for a test. Not an extra: the package would pull another TensorRT in.
 TYPES       := tensorrt-stubs==10.13.0.35.1
@@ -78,34 +91,54 @@ TYPES       := tensorrt-stubs==10.13.0.35.1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help engine tiny results setup test test-long soak test-gpu lint format clean distclean
+.PHONY: help engine bench tiny results setup test test-long soak test-gpu lint format clean distclean
 
 help:
 	@: $(info $(HELP))
 
 # Through the environment and unexpanded, so that a question may hold quotes, spaces and dollars.
-engine: export FLOWCUT_MODEL := $(value MODEL)
-engine: export FLOWCUT_SCHEDULE := $(value SCHEDULE)
-engine: export FLOWCUT_SELECTOR := $(value SELECTOR)
-engine: export FLOWCUT_CALIBRATION := $(value CALIBRATION)
-engine: export FLOWCUT_IMAGE := $(value IMAGE)
-engine: export FLOWCUT_QUESTION := $(value QUESTION)
+engine bench: export FLOWCUT_MODEL := $(value MODEL)
+engine bench: export FLOWCUT_SCHEDULE := $(value SCHEDULE)
+engine bench: export FLOWCUT_SELECTOR := $(value SELECTOR)
+engine bench: export FLOWCUT_CALIBRATION := $(value CALIBRATION)
+engine bench: export FLOWCUT_IMAGE := $(value IMAGE)
+engine bench: export FLOWCUT_QUESTION := $(value QUESTION)
+
+# Both engines of a benchmark, but for what prunes.
+same = --weights $(WEIGHTS) --precision $(PRECISION) --backend $(BACKEND) \
+  $(addprefix --vision-precision ,$(VISION_PRECISION)) --stages $(STAGES) \
+  $${FLOWCUT_CALIBRATION:+--calibration "$$FLOWCUT_CALIBRATION"} \
+  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build
+own = $(addprefix --tokens ,$(TOKENS)) $(addprefix --llm-tokens ,$(LLM_TOKENS)) \
+  --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR"
+asked = $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"}
+
 engine: $(ENGINE)
-	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" --weights $(WEIGHTS) $(addprefix --tokens ,$(TOKENS)) \
-	  $(addprefix --llm-tokens ,$(LLM_TOKENS)) --schedule "$$FLOWCUT_SCHEDULE" --selector "$$FLOWCUT_SELECTOR" \
-	  --precision $(PRECISION) --backend $(BACKEND) \
-	  $(addprefix --vision-precision ,$(VISION_PRECISION)) --stages $(STAGES) \
-	  $${FLOWCUT_CALIBRATION:+--calibration "$$FLOWCUT_CALIBRATION"} \
-	  $(addprefix --decoder-layers ,$(DECODER_LAYERS)) --out-root build --ask \
-	  $${FLOWCUT_IMAGE:+--image "$$FLOWCUT_IMAGE"} $${FLOWCUT_QUESTION:+--question "$$FLOWCUT_QUESTION"} $(ARGS)
+	@$(BIN)/flowcut engine "$$FLOWCUT_MODEL" $(own) $(same) --ask $(asked) $(ARGS)
+
+# $(call built,options): build, show what is said, and give the directory's name to the shell.
+built = $(BIN)/flowcut engine "$$FLOWCUT_MODEL" $(1) $(same) $(ARGS) | tee /dev/stderr | tail -n 1 | \
+  $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["directory"])'
+
+bench: SHELL := bash
+bench: .SHELLFLAGS := -o pipefail -ec
+bench: export FLOWCUT_PRUNED := $(value PRUNED)
+bench: export FLOWCUT_BASELINE := $(value BASELINE)
+bench: $(BENCHMARK)
+	@pruned=$${FLOWCUT_PRUNED:-$$($(call built,$(own)))}; \
+	baseline=$${FLOWCUT_BASELINE:-$$($(call built,--tokens all))}; \
+	$(BIN)/flowcut bench "$$pruned" --baseline "$$baseline" $(asked) $(BENCH)
 
 tiny: export FLOWCUT_OUT := $(value OUT)
 tiny: $(DEV)
 	@$(BIN)/python -m flowcut.tiny --scale $(SCALE) $${FLOWCUT_OUT:+--out "$$FLOWCUT_OUT"}
 
+# Each script says what it writes and how long it takes; those that measure time want an idle machine.
+EVERY_RESULT := plan llava_next_flops flow_score_kernels score_parts training_curve fewer_points scoring_cost \
+  accuracy_by_tokens llm_tokens schedules precision runtime_overhead prefill_latency full_size
+results: export PYTHONPATH := tests
 results: $(DEV)
-	$(BIN)/python docs/results/accuracy_by_tokens.py
-	$(BIN)/python docs/results/runtime_overhead.py
+	@set -e; for name in $(or $(RESULTS),$(EVERY_RESULT)); do echo "docs/results/$$name.py"; $(BIN)/python docs/results/$$name.py; done
 
 setup: $(DEV)
 

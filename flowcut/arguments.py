@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import flowcut
+from flowcut.arguments_bench import add_bench
 from flowcut.arguments_calibrate import add_calibrate
+from flowcut.arguments_plan import add_plan
+from flowcut.arguments_report import add_report
 from flowcut.arguments_run import add_inspect, add_question, add_run, add_verify
 from flowcut.arguments_shared import add_llm_tokens, add_model, add_selector, command, tokens
 from flowcut.config import Precision
@@ -43,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=flowcut.__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    adders = (_add_engine, _add_export, _add_prune, add_run, _add_eval, add_calibrate)
+    adders = (_add_engine, _add_export, _add_prune, add_run, _add_eval, add_bench, add_plan, add_report, add_calibrate)
     for add in (*adders, add_verify, add_inspect, _add_plugin):
         add(commands)
     return parser

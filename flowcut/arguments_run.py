@@ -8,7 +8,9 @@ from typing import Any
 
 from flowcut.arguments_shared import command
 
+SCENE = Path(__file__).parent / "assets" / "example" / "scene.png"
 QUESTION = "What color is the circle?"
+"""What is asked about which picture where nobody says."""
 
 
 def add_run(commands: Any) -> None:

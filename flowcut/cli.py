@@ -15,12 +15,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from flowcut.arguments import make_parser
-from flowcut.arguments_run import QUESTION
+from flowcut.arguments_run import QUESTION, SCENE
 from flowcut.errors import EngineError, FlowCutError
 from flowcut.printable import printable
 
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from engines.ask import Question
     from engines.pipeline import BuildSettings
 
-SCENE = Path(__file__).parent / "assets" / "example" / "scene.png"
-
 Result = dict[str, Any]
+Settings = TypeVar("Settings")
 BUILDERS = ("engine", "export")
 
 
@@ -119,28 +118,17 @@ def build_settings(arguments: argparse.Namespace) -> BuildSettings:
     """What `flowcut engine` and `flowcut export` were told to build."""
     from engines.pipeline import BuildSettings
 
-    return BuildSettings(
-        model=arguments.model,
-        random=arguments.weights == "random",
-        seed=arguments.seed,
-        tokens=arguments.tokens,
-        llm_tokens=arguments.llm_tokens,
-        schedule=arguments.schedule,
-        selector=arguments.selector,
-        precision=arguments.precision,
-        vision_precision=arguments.vision_precision,
-        calibration=arguments.calibration,
-        stages=arguments.stages,
-        backend=arguments.backend,
-        decoder_layers=arguments.decoder_layers,
-        max_batch=arguments.max_batch,
-        max_images=arguments.max_images,
-        max_prompt=arguments.max_prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        compute_capabilities=tuple(arguments.compute_capability),
-        out=arguments.out,
-        out_root=arguments.out_root,
-    )
+    given = {
+        "random": arguments.weights == "random",
+        "compute_capabilities": tuple(arguments.compute_capability),
+    }
+    return _settings(BuildSettings, arguments, **given)
+
+
+def _settings(kind: type[Settings], arguments: argparse.Namespace, **others: Any) -> Settings:
+    """A dataclass of settings: `others`, and of its other fields those that are arguments of the same names."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(arguments).items() if name in names} | others)
 
 
 def _run(arguments: argparse.Namespace) -> Result:
@@ -197,21 +185,8 @@ def _prune(arguments: argparse.Namespace) -> Result:
     from engines.progress import terminal_progress
     from engines.prune import PruneSettings, prune
 
-    settings = PruneSettings(
-        model=arguments.model,
-        random=arguments.weights == "random",
-        seed=arguments.seed,
-        tokens=arguments.tokens,
-        llm_tokens=arguments.llm_tokens,
-        question=arguments.question,
-        schedule=arguments.schedule,
-        selector=arguments.selector,
-        backend=arguments.backend,
-        images=() if arguments.pixels else tuple(arguments.image or [SCENE]),
-        pixels=arguments.pixels,
-        out=arguments.out,
-        overlay=arguments.overlay,
-    )
+    images = () if arguments.pixels else tuple(arguments.image or [SCENE])
+    settings = _settings(PruneSettings, arguments, random=arguments.weights == "random", images=images)
     with terminal_progress() as progress:
         outcome = prune(settings, progress)
     report.pruned(_console(), outcome)
@@ -224,21 +199,7 @@ def _eval(arguments: argparse.Namespace) -> Result:
     from engines.evaluate_target import EvalSettings
     from engines.progress import terminal_progress
 
-    settings = EvalSettings(
-        target=arguments.target,
-        tokens=arguments.tokens,
-        llm_tokens=arguments.llm_tokens,
-        schedule=arguments.schedule,
-        selector=arguments.selector,
-        backend=arguments.backend,
-        precision=arguments.precision,
-        calibration=arguments.calibration,
-        split=arguments.split,
-        scenes=arguments.scenes,
-        questions=arguments.questions,
-        threads=arguments.threads,
-        answers=arguments.answers,
-    )
+    settings = _settings(EvalSettings, arguments)
     with terminal_progress() as progress:
         result = evaluate(settings, progress)
     evaluated(_console(), result)
@@ -250,18 +211,7 @@ def _calibrate_schedule(arguments: argparse.Namespace) -> Result:
     from calib.schedule import ScheduleSettings, calibrate_schedule
     from engines.progress import terminal_progress
 
-    settings = ScheduleSettings(
-        model=arguments.model,
-        images=arguments.images,
-        out=arguments.out,
-        random=arguments.weights == "random",
-        seed=arguments.seed,
-        tokens=arguments.tokens,
-        choose=arguments.choose,
-        selector=arguments.selector,
-        limit=arguments.limit,
-        threads=arguments.threads,
-    )
+    settings = _settings(ScheduleSettings, arguments, random=arguments.weights == "random")
     with terminal_progress() as progress:
         result = calibrate_schedule(settings, progress)
     calibrated(_console(), result)
@@ -273,24 +223,50 @@ def _calibrate_quantize(arguments: argparse.Namespace) -> Result:
     from calib.quantize_report import quantized
     from engines.progress import terminal_progress
 
-    settings = QuantizeSettings(
-        model=arguments.model,
-        images=arguments.images,
-        out=arguments.out,
-        random=arguments.weights == "random",
-        seed=arguments.seed,
-        tokens=arguments.tokens,
-        llm_tokens=arguments.llm_tokens,
-        schedule=arguments.schedule,
-        precision=arguments.precision,
-        questions=tuple(arguments.question),
-        limit=arguments.limit,
-        decoder_layers=arguments.decoder_layers,
-        threads=arguments.threads,
-    )
+    given = {"random": arguments.weights == "random", "questions": tuple(arguments.question)}
+    settings = _settings(QuantizeSettings, arguments, **given)
     with terminal_progress() as progress:
         result = calibrate_quantize(settings, progress)
     quantized(_console(), result)
+    return result.to_dict()
+
+
+def _bench(arguments: argparse.Namespace) -> Result:
+    from engines.bench.files import write_results
+    from engines.bench.run import bench
+    from engines.bench.settings import BenchSettings
+    from engines.bench.show import measured
+    from engines.progress import terminal_progress
+
+    pictures = tuple(arguments.image or [SCENE])
+    settings = _settings(BenchSettings, arguments, pictures=pictures, batches=arguments.batch)
+    with terminal_progress() as progress:
+        found = bench(settings, progress)
+    measured(_console(), found, write_results(settings, found))
+    return found.to_dict()
+
+
+def _plan(arguments: argparse.Namespace) -> Result:
+    from engines.plan.run import PlanSettings, plan
+    from engines.plan.table import planned
+
+    from engines.progress import terminal_progress
+
+    settings = _settings(PlanSettings, arguments, random=arguments.weights == "random")
+    with terminal_progress() as progress:
+        result = plan(settings, progress)
+    planned(_console(), result)
+    return result.to_dict()
+
+
+def _report(arguments: argparse.Namespace) -> Result:
+    from engines.progress import terminal_progress
+    from engines.webpage.report import ReportSettings, write_report
+    from engines.webpage.table import reported
+
+    with terminal_progress() as progress:
+        result = write_report(ReportSettings(directories=tuple(arguments.directories), out=arguments.out), progress)
+    reported(_console(), result)
     return result.to_dict()
 
 
@@ -352,6 +328,9 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "eval": _eval,
     "calibrate schedule": _calibrate_schedule,
     "calibrate quantize": _calibrate_quantize,
+    "bench": _bench,
+    "plan": _plan,
+    "report": _report,
     "verify": _verify,
     "inspect": _inspect,
     "plugin": _plugin,

@@ -24,6 +24,7 @@ TORCH_CODE = {f"flowcut.{name}" for name in ("language", "language_pruning", "lo
 TORCH_CODE |= {"flowcut.scoring", "flowcut.vision"}
 TORCH_CODE |= {f"flowcut.tiny.{name}" for name in ("decoder", "decoder_lesson", "tower", "tower_lesson", "training")}
 TORCH_CODE |= {f"calib.{name}" for name in ("awq", "inputs", "measure", "tower")}
+TORCH_CODE |= {"engines.bench.peers_eager", "engines.bench.peers_run", "engines.bench.peers_transformers"}
 TORCH_CODE |= {"engines.evaluate_one_by_one", "engines.evaluate_torch", "engines.prune_torch"}
 MAY_NEED = {name: {"torch", "triton"} for name in TORCH_CODE}
 ONNX_CODE = {f"export.{name}" for name in ("builder", "flow_score", "language", "language_pruning", "linear")}
@@ -111,6 +112,14 @@ def test_no_file_is_longer_than_one_can_hold_in_mind(folder: str) -> None:
     assert [f"{p.relative_to(ROOT)}: {n} lines" for p, n in lengths.items() if n >= 400] == []
 
 
+def test_make_results_runs_every_script_that_writes_a_page() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.search(r"^EVERY_RESULT := (.*?[^\\])$", text, re.MULTILINE | re.DOTALL)
+    assert named is not None
+    scripts = {p.stem for p in (ROOT / "docs" / "results").glob("*.py") if "__main__" in p.read_text(encoding="utf-8")}
+    assert set(named[1].replace("\\", " ").split()) == scripts
+
+
 def test_every_package_is_shipped() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {p.parent for package in PACKAGES for p in (ROOT / package).rglob("*.py")}
@@ -133,7 +142,7 @@ def test_make_help_documents_every_variable_and_target() -> None:
     variables = re.findall(r"^([A-Z_]+) +=", text, re.MULTILINE)
     targets = re.search(r"^\.PHONY: help (.*)$", text, re.MULTILINE)
     assert targets is not None
-    assert len(variables) == 18
+    assert len(variables) == 22
     assert [v for v in variables if f"\n  {v}=" not in printed] == []
     assert [t for t in targets[1].split() if f"make {t}" not in printed] == []
 
@@ -148,13 +157,32 @@ def test_make_engine_passes_every_variable_on() -> None:
     printed = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, check=True).stdout
     recipe = " ".join(printed.partition("flowcut engine")[2].replace("\\\n", " ").split())
     assert recipe == (
-        '"$FLOWCUT_MODEL" --weights random --tokens 9 --llm-tokens 5 --schedule "$FLOWCUT_SCHEDULE" '
-        '--selector "$FLOWCUT_SELECTOR" '
+        '"$FLOWCUT_MODEL" --tokens 9 --llm-tokens 5 --schedule "$FLOWCUT_SCHEDULE" '
+        '--selector "$FLOWCUT_SELECTOR" --weights random '
         "--precision fp32 --backend ort --vision-precision fp16 --stages 2 "
         '${FLOWCUT_CALIBRATION:+--calibration "$FLOWCUT_CALIBRATION"} --decoder-layers 3 --out-root build --ask '
         '${FLOWCUT_IMAGE:+--image "$FLOWCUT_IMAGE"} '
         '${FLOWCUT_QUESTION:+--question "$FLOWCUT_QUESTION"} --force'
     )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_bench_builds_both_engines_alike_and_takes_those_that_are_there() -> None:
+    settings = ["MODEL=m", "WEIGHTS=random", "TOKENS=9", "PRECISION=int4", "BACKEND=ort", "DECODER_LAYERS=3"]
+    command = ["make", "-n", "bench", *settings, "ARGS=--max-batch 8", "BENCH=--batch 1,8", "IMAGE=a b"]
+    outer = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    printed = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True, check=True).stdout
+    builds = re.findall(r"flowcut engine (.*?) \| tee", " ".join(printed.replace("\\\n", " ").split()))
+    pruned, baseline = (
+        words.replace(' --schedule "$FLOWCUT_SCHEDULE" --selector "$FLOWCUT_SELECTOR"', "") for words in builds
+    )
+    assert baseline == pruned.replace("--tokens 9", "--tokens all")
+    assert "--precision int4 --backend ort" in pruned
+    assert pruned.endswith("--decoder-layers 3 --out-root build --max-batch 8")
+    assert "pruned=${FLOWCUT_PRUNED:-$(" in printed
+    assert "baseline=${FLOWCUT_BASELINE:-$(" in printed
+    assert '--baseline "$baseline" ${FLOWCUT_IMAGE:+--image "$FLOWCUT_IMAGE"}' in printed
+    assert printed.rstrip().endswith("--batch 1,8")
 
 
 def test_ci_runs_the_documented_commands() -> None:
