@@ -83,7 +83,7 @@ comma       := ,
 stamp        = $(VENV)/.installed-$(subst $(comma),-,$(1))
 EXTRAS      := $(or $(EXTRAS_$(BACKEND)),$(EXTRAS_ort))
 ENGINE      := $(call stamp,$(EXTRAS))
-BENCHMARK   := $(call stamp,$(EXTRAS),plot,torch)
+BENCHMARK   := $(call stamp,$(EXTRAS)$(comma)plot$(comma)peers)
 DEV         := $(call stamp,dev)
 # Types of TensorRT's Python interface, for a test. Not an extra: the package would pull another TensorRT in.
 TYPES       := tensorrt-stubs==10.13.0.35.1

@@ -11,10 +11,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 LOG = logging.getLogger("flowcut.engines")
 
 
-def terminal_progress() -> Progress:
-    """Bars on stderr that vanish when done; disabled where stderr is not a terminal."""
+def terminal_progress(redraw: bool = True) -> Progress:
+    """Bars on stderr that vanish when done; disabled where stderr is not a terminal.
+
+    redraw: by a thread, ten times a second; False: only when `refresh` is called, so that nothing else runs meanwhile.
+    """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+    hidden = not sys.stderr.isatty()
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden, auto_refresh=redraw)
 
 
 class Phases:

@@ -75,8 +75,9 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
     add(
         "--cuda-graphs",
         choices=["both", "on", "off"],
-        default="both",
-        help="on a GPU: decode steps as CUDA graphs, kernel by kernel, or both in turns (default: both)",
+        default="on",
+        help="on a GPU: decode steps as CUDA graphs, kernel by kernel, or both in turns, for which engines are loaded "
+        "twice (default: on)",
     )
     add(
         "--exact",

@@ -240,7 +240,7 @@ def _bench(arguments: argparse.Namespace) -> Result:
 
     pictures = tuple(arguments.image or [SCENE])
     settings = _settings(BenchSettings, arguments, pictures=pictures, batches=arguments.batch)
-    with terminal_progress() as progress:
+    with terminal_progress(redraw=False) as progress:
         found = bench(settings, progress)
     measured(_console(), found, write_results(settings, found))
     return found.to_dict()
@@ -249,7 +249,6 @@ def _bench(arguments: argparse.Namespace) -> Result:
 def _plan(arguments: argparse.Namespace) -> Result:
     from engines.plan.run import PlanSettings, plan
     from engines.plan.table import planned
-
     from engines.progress import terminal_progress
 
     settings = _settings(PlanSettings, arguments, random=arguments.weights == "random")

@@ -147,10 +147,11 @@ def published_findings(found: Data) -> Iterator[str]:
     way = f"{vision}, logits of {best['logits']}, attention: {best['attention']}"
     if not found["pictures"]:
         yield from prose(f"""
-            **The pair is explained**: {way}, {best["text_tokens"]} text tokens give {best["before_tflops"]:.3f} and
-            {best["after_tflops"]:.3f}, the published {found["before"]} and {found["after"]} to the last digit. What
-            `plan` counts differs from it by the steps above, and what is left over rounds to nothing. The paper does
-            not say how it counted, so this is the likely way, not a known one.""")
+            **One way of eight gives the pair**: {way}, {best["text_tokens"]} text tokens give
+            {best["before_tflops"]:.3f} and {best["after_tflops"]:.3f}, the published {found["before"]} and
+            {found["after"]} to the last digit. What `plan` counts differs from it by the steps above, and what is left
+            over rounds to nothing. Each way has one number to choose, its text tokens, so that a hit by chance is not
+            excluded. The paper does not say how it counted: this is the likely way, not a known one.""")
         return
     ours = next(each for each in found["ways"] if all(each[name] == best[name] for name in ("vision", *WAY)))
     inside, outside = ([each for each in found["ways"] if each["vision"] == flag] for flag in (True, False))

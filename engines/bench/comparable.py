@@ -6,12 +6,14 @@ from typing import Any
 
 from engines.bench.settings import BenchSettings
 from engines.loading import choose_backend
+from flowcut.anyres import image_slots
 from flowcut.artifacts import Manifest, read_manifest
 from flowcut.errors import ConfigError
 from flowcut.integrity import MANIFEST
 
-RESULTS = ("bench.json", "bench.md", "bench.png", "bench.svg", "kept.png", "kept-baseline.png", "report.html")
-"""Files of a directory of results, which a later benchmark replaces; the last is where a user may put a report."""
+REPORT = "report.html"
+RESULTS = ("bench.json", "bench.md", "bench.png", "bench.svg", "kept.png", "kept-baseline.png", REPORT)
+"""Files of a directory of results, which a later benchmark replaces; but for a report of the user's, which stays."""
 
 
 def manifests(settings: BenchSettings) -> tuple[Manifest, Manifest | None, list[str]]:
@@ -32,7 +34,7 @@ def manifests(settings: BenchSettings) -> tuple[Manifest, Manifest | None, list[
     found = [] if other is None else mismatches(own, other, settings.backend)
     if found and not settings.allow_mismatch:
         raise ConfigError(
-            f"baseline must be the same model in the same precision, got {settings.baseline}, whose "
+            f"baseline must be the same model, built alike but for its visual tokens, got {settings.baseline}, whose "
             f"{'; '.join(found)}. Build another baseline with --tokens all, or compare all the same with "
             "--allow-mismatch, which every output then says."
         )
@@ -49,6 +51,8 @@ def mismatches(own: Manifest, baseline: Manifest, backend: str) -> list[str]:
         "vision precision": (own.vision_precision, baseline.vision_precision),
         "calibration": (_calibration(own), _calibration(baseline)),
         "stages": (own.stages, baseline.stages),
+        "room for text": (_text_room(own), _text_room(baseline)),
+        "room for the answer": (own.limits.max_new_tokens, baseline.limits.max_new_tokens),
         "backend": (choose_backend(own, backend), choose_backend(baseline, backend)),
     }
     shown = {"geometry": (_size(own), _size(baseline))}
@@ -104,6 +108,11 @@ def _size(manifest: Manifest) -> str:
 def _weights(manifest: Manifest) -> str:
     seed = f" seed {manifest.seed}" if manifest.weights == "random" else f" {manifest.source_sha256[:12]}"
     return manifest.weights + seed
+
+
+def _text_room(manifest: Manifest) -> int:
+    """Tokens of the longest prompt beside one picture's: ONNX Runtime's attention takes the time of the whole cache."""
+    return manifest.limits.max_prompt - image_slots(manifest.geometry, manifest.tokens)
 
 
 def _calibration(manifest: Manifest) -> str:

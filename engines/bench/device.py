@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from engines.backends import gpu_present
 from flowcut.artifacts import installed_versions
 from flowcut.errors import EngineError
 
-_CPUINFO, _MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+_CPUINFO, _MEMINFO, _STAT = Path("/proc/cpuinfo"), Path("/proc/meminfo"), Path("/proc/stat")
 _INVALID_CONTEXT = 201
 _QUERY = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 """Of nvidia-smi: MHz, watts, degrees Celsius."""
@@ -80,19 +82,59 @@ def describe(on_gpu: bool, threads: int | None) -> dict[str, Any]:
 
     threads: those that were asked for, of ONNX Runtime and PyTorch on the CPU.
     """
-    cores = len(os.sched_getaffinity(0))
     gpu = nvidia_smi() if on_gpu else {}
     return {
         "device": gpu.get("name") or processor(),
         "kind": "gpu" if on_gpu else "cpu",
         "processor": processor(),
-        "cores": cores,
-        "threads": threads or cores,
+        "cores": cores(),
+        "threads": threads or cores(),
         "memory_bytes": memory_bytes(),
         "clocks_mhz": clocks(),
         "gpu": gpu or None,
-        "versions": installed_versions(),
+        "versions": installed_versions() | _more_versions(),
     }
+
+
+def _more_versions() -> dict[str, str]:
+    """Of what peers and GPUs need beside an engine."""
+    found = {}
+    for name in ("transformers", "cuda-core"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def other_work() -> Iterator[list[float]]:
+    """Yields a list that has, behind the context, the cores that other processes took on average; nothing where the
+    system does not tell."""
+    found: list[float] = []
+    busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
+    yield found
+    after = _busy_seconds()
+    if busy is not None and after is not None:
+        others = (after - busy) - (_own_seconds() - own)
+        found.append(max(0.0, others / (time.perf_counter() - start)))
+
+
+def _busy_seconds() -> float | None:
+    """Of all cores together, since the machine started."""
+    found = re.search(r"^cpu +(.+)$", _read(_STAT), re.MULTILINE)
+    if found is None:
+        return None
+    user, nice, system, _, _, irq, soft, *_ = map(int, found[1].split())
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
 
 
 def load() -> float:

@@ -43,8 +43,10 @@ def agreement(
         with _task(progress, "agreement: baseline", len(pictures)) as advance:
             theirs = [advance(other.prefill(picture, prompt)).logits for picture in pictures]
         first, second = (np.concatenate(each) for each in ([one.logits for one in ours], theirs))
-        if first.shape == second.shape:
+        if first.shape == second.shape and np.isfinite(first).all() and np.isfinite(second).all():
             found["baseline"] = logits_agreement(first, second)
+        elif first.shape == second.shape:
+            found["baseline_reason"] = "logits that are not finite"
         else:  # a mismatch that was allowed
             found["baseline_reason"] = f"{first.shape[1]} tokens in one vocabulary, {second.shape[1]} in the other"
     with _task(progress, "agreement: adaptive, in PyTorch", None):
@@ -104,9 +106,11 @@ def profiles(settings: BenchSettings, prompt: str, progress: Progress) -> dict[s
 def _task(progress: Progress, what: str, total: int | None) -> Iterator[Any]:
     """Yields a function that advances the bar and returns what it is given."""
     task = progress.add_task(what, total=total)
+    progress.refresh()
 
     def advance(value: Any) -> Any:
         progress.advance(task)
+        progress.refresh()
         return value
 
     try:

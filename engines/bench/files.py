@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from engines.bench.comparable import check_out
+from engines.bench.comparable import REPORT, check_out
 from engines.bench.records import Benchmark, Measured
 from engines.bench.settings import BenchSettings
 from engines.bench.show import markdown, picture
@@ -38,7 +39,10 @@ def write_results(settings: BenchSettings, found: Benchmark) -> list[str]:
         "bench.png": picture(found, "png"),
         **overlays(settings, found),
     }
+    report = target / REPORT
     with replacing(target, lambda _: check_out(settings)) as folder:
+        if report.is_file():
+            shutil.copyfile(report, folder / REPORT)
         for name, content in contents.items():
             (folder / name).write_bytes(content)
     return [str(target / name) for name in contents]

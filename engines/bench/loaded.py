@@ -16,6 +16,7 @@ from engines.bench.settings import BenchSettings
 from engines.bench.subjects import EngineSubject, Output, Subject
 from engines.report import LIBRARIES
 from engines.runtime.engine import LlavaEngine, load_engine
+from flowcut.config import QUANTIZED, Precision
 from flowcut.selector import selector_name
 
 PRUNED, BASELINE = "pruned", "baseline"
@@ -35,7 +36,7 @@ class Loaded:
         self.subjects.append(EngineSubject(name, title_of(engine) + note, engine))
 
 
-def open_all(settings: BenchSettings, backend: Backend, stack: ExitStack, progress: Progress) -> Loaded:
+def open_all(settings: BenchSettings, backend: Backend, gpu: bool, stack: ExitStack, progress: Progress) -> Loaded:
     """Pruned first, then its baseline, then all else."""
     loaded = Loaded()
     pairs = [(PRUNED, settings.directory), *([] if settings.baseline is None else [(BASELINE, settings.baseline)])]
@@ -53,7 +54,10 @@ def open_all(settings: BenchSettings, backend: Backend, stack: ExitStack, progre
         from engines.bench.peers import torch_peers
 
         engine = loaded.engines[PRUNED]
-        loaded.subjects += torch_peers(engine.manifest, settings.checkpoint, engine.reader, settings.threads, progress)
+        device = "cuda" if gpu else "cpu"
+        loaded.subjects += torch_peers(
+            engine.manifest, settings.checkpoint, engine.reader, settings.threads, progress, device
+        )
     return loaded
 
 
@@ -81,7 +85,13 @@ def title_of(engine: LlavaEngine) -> str:
     dropped = None if geometry.anyres else manifest.llm_tokens
     behind = f", {dropped} in the decoder" if dropped is not None else ""
     own, eyes = manifest.precision, manifest.vision_precision
-    return f"{kept}{behind}, {LIBRARIES[engine.backend]}, {own}{f' (vision {eyes})' * (eyes != own)}"
+    return f"{kept}{behind}, {library_of(engine)}, {own}{f' (vision {eyes})' * (eyes != own)}"
+
+
+def library_of(engine: LlavaEngine) -> str:
+    """With the device where ONNX Runtime has a choice."""
+    device = getattr(engine.model.vision, "device", None)
+    return LIBRARIES[engine.backend] + (" on CUDA" if engine.backend == "ort" and device == "cuda" else "")
 
 
 def about_engine(engine: LlavaEngine, directory: Path, found: Peak | None) -> dict[str, Any]:
@@ -111,8 +121,14 @@ def about_engine(engine: LlavaEngine, directory: Path, found: Peak | None) -> di
     }
 
 
-def about_peer(engine: LlavaEngine, output: Output) -> dict[str, Any]:
-    """PyTorch, with the checkpoint that `engine` was built from; on a CPU it computes in float32."""
+def _computes_in(precision: Precision) -> str:
+    """What a graph whose weights are kept in `precision` multiplies in."""
+    return precision if precision not in QUANTIZED else "fp16"
+
+
+def about_peer(engine: LlavaEngine, output: Output, gpu: bool) -> dict[str, Any]:
+    """PyTorch, with the checkpoint that `engine` was built from; on a CPU it computes in float32, on a GPU in the types
+    that the engine's graphs compute in."""
     about = about_engine(engine, Path(), None)
     same = ("model", "note", "weights", "source_sha256", "decoder_layers", "patches")
     return {
@@ -120,8 +136,8 @@ def about_peer(engine: LlavaEngine, output: Output) -> dict[str, Any]:
         "directory": None,
         **{name: about[name] for name in same},
         "backend": "torch",
-        "precision": "fp32" if engine.backend == "ort" else engine.manifest.precision,
-        "tokens": max(output.visual_tokens),
+        "precision": _computes_in(engine.manifest.precision) if gpu else "fp32",
+        "tokens": min(max(output.visual_tokens), about["patches"]),  # LLaVA-NeXT's newlines are tokens, not patches
         "peak_memory_bytes": None,
         "device_memory_bytes": None,
     }
@@ -131,6 +147,7 @@ def about_peer(engine: LlavaEngine, output: Output) -> dict[str, Any]:
 def step(progress: Progress, what: str) -> Iterator[None]:
     """Something of unknown length on the progress bar."""
     task = progress.add_task(what, total=None)
+    progress.refresh()
     try:
         yield
     finally:

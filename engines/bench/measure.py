@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engines.bench.subjects import STAGES, Output, Subject, Work
@@ -53,12 +55,28 @@ def measure(
     found = [Runs() for _ in subjects]
     for subject in subjects:
         subject.prepare(work)
-    for number, index in turns(len(subjects), warmup, repeats):
-        clock = Clock(reading)
-        output = subjects[index].run(work, clock, steps)
-        runs = found[index]
-        runs.output = runs.output or output
-        if number >= 0:
-            runs.add(clock, output, steps)
-        advance()
+    with _no_collection():
+        for number, index in turns(len(subjects), warmup, repeats):
+            clock = Clock(reading)
+            output = subjects[index].run(work, clock, steps)
+            runs = found[index]
+            runs.output = runs.output or output
+            if number >= 0:
+                runs.add(clock, output, steps)
+            del output
+            gc.collect()
+            advance()
     return found
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage is collected between runs, not within: visiting torch's objects takes a while."""
+    before = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

@@ -42,7 +42,7 @@ def torch_peers(
     reader: Reader,
     threads: int | None,
     progress: Progress,
-    device: str | None = None,
+    device: str = "cpu",
 ) -> list[Subject]:
     """The peers that there can be of an engine directory, loaded.
 
@@ -53,20 +53,37 @@ def torch_peers(
     Args:
         checkpoint: see engines.source.source_weights.
         threads: of PyTorch on the CPU; None leaves the choice to torch.
-        device: "cpu" or "cuda"; None: "cuda" for an engine that needs a GPU where torch finds one.
+        device: "cpu" or "cuda": where the engines run.
 
     Raises:
         CheckpointError: no checkpoint, or not the one that the directory was built from.
-        EngineError: too little memory for the weights.
+        EngineError: a GPU that is full.
         FlowCutError: torch or transformers is not installed.
     """
     torch = require("torch", extra="torch")
     require("transformers", extra="peers")
-    where = device or ("cuda" if manifest.backend != "ort" and torch.cuda.is_available() else "cpu")
     weights = need_source(manifest, checkpoint)
-    if where == "cpu":
+    try:
+        return _Peers(manifest, reader, threads, device, torch).load(weights, progress)
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"the GPU must have room for peers beside the engines, got: {' '.join(str(error).split())[:200]}. Leave "
+            "--peers out."
+        ) from None
+
+
+def check_peers(manifest: Manifest, checkpoint: str | None, device: str) -> None:
+    """What `torch_peers` would refuse, before anything is loaded or measured. Errors are its own."""
+    torch = require("torch", extra="torch")
+    require("transformers", extra="peers")
+    need_source(manifest, checkpoint)
+    if device == "cpu":
         _check_room(manifest.geometry)
-    return _Peers(manifest, reader, threads, where, torch).load(weights, progress)
+    elif not torch.cuda.is_available():
+        raise EngineError(
+            "torch must see the GPU that the engines run on, for peers are timed beside them, got a torch without "
+            "CUDA. Install one that has it, or leave --peers out."
+        )
 
 
 class _Peers:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from engines.backends import CHOICES
+from engines.options import Options
 from flowcut.arguments_run import QUESTION, SCENE
 from flowcut.config import is_integer
 from flowcut.errors import ConfigError, EngineError
@@ -32,7 +33,7 @@ class BenchSettings:
     checkpoint: what the directory was built from, for agreement and peers; None: as its manifest says.
     compare: drawn scenes on which, besides `pictures`, kept patches and first tokens are compared.
     scenes: of llava-tiny's test set, to count right answers; 0: none.
-    cuda_graphs: on a GPU, start decode steps with CUDA graphs, without, or measure both.
+    cuda_graphs: on a GPU, start decode steps with CUDA graphs, without, or measure both, which loads engines twice.
     profile: say at the end which ops take the time.
     exact: see engines.options.Options.
     allow_mismatch: compare with a baseline of another model or precision.
@@ -55,7 +56,7 @@ class BenchSettings:
     checkpoint: str | None = None
     compare: int = 8
     scenes: int = 0
-    cuda_graphs: Literal["both", "on", "off"] = "both"
+    cuda_graphs: Literal["both", "on", "off"] = "on"
     profile: bool = False
     exact: bool = False
     allow_mismatch: bool = False
@@ -75,6 +76,7 @@ class BenchSettings:
             raise EngineError(f"backend must be one of {', '.join(CHOICES)}, got {self.backend!r}.")
         if self.cuda_graphs not in GRAPHS:
             raise ConfigError(f"cuda_graphs must be one of {', '.join(GRAPHS)}, got {self.cuda_graphs!r}.")
+        Options(threads=self.threads)  # which knows how many there may be
         if not self.pictures:
             raise ConfigError("image must be at least one picture, got none.")
 

@@ -47,7 +47,7 @@ class Output:
         kept: per prompt the numbers of its picture's patches that are left at the end, ascending.
         visual_tokens, prompt_tokens: per prompt, as the decoder's first layer sees them.
         pruned_prompt_tokens: the same behind the pruning inside the decoder.
-        device_ms: "vision" and "prefill" as the device's own events measured them; empty where it has none.
+        device_ms: "vision" and "prefill" inside the library, by CUDA events where those are; empty for peers.
     """
 
     logits: NDArray[np.float32]
@@ -97,6 +97,7 @@ class EngineSubject:
         model.prepare(requests)
         clock.stop("preprocess")
         prefill = model.prefill(requests, clock)
+        clock.skip()  # what the model makes of its results for the caller
         logits = prefill.logits
         for step in range(steps):
             logits = model.step(prefill, logits.argmax(-1).astype(np.int64), step)

@@ -15,7 +15,10 @@ ALONE = {False: "inside the library", True: "by CUDA events"}
 ELSEWHERE = "These are not GPU latencies."
 OPS = 12
 """Kinds of nodes that are shown, dearest first."""
-MEMORY = {"peak memory of a process that answers": "peak_memory_bytes", "of it on the GPU": "device_memory_bytes"}
+MEMORY = {
+    "peak memory of a process that answers": "peak_memory_bytes",
+    "held on the GPU by its sessions": "device_memory_bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ def alarms(found: Benchmark) -> list[str]:
         means = "kept patches, agreement and answers mean nothing, timings do." if random else "timings are of that."
         lines.append(f"{found.head['note']}: {means}")
     about = found.pruned.about
+    for precision in sorted({peer.about["precision"] for peer in found.peers} - {about["precision"]}):
+        names = [peer.name for peer in found.peers if peer.about["precision"] == precision]
+        lines.append(f"{', '.join(names)} compute in {precision}, not in {about['precision']}.")
     if about["built_for"] != about["backend"]:
         ran, wanted = LIBRARIES[about["backend"]], LIBRARIES[about["built_for"]]
         lines.append(f"Not {wanted}, which the directory was compiled for: {ran} ran the same graphs. {ELSEWHERE}")

@@ -64,20 +64,21 @@ def _most(length: Callable[[int], int], limit: int) -> int:
 
 @contextmanager
 def make_works(pictures: Sequence[Path], prompt: str, batches: Sequence[int]) -> Iterator[list[Work]]:
-    """One Work for each batch size. Where there are fewer pictures than prompts, some are asked about again, as copies
-    with a mark, so that each is encoded; the copies are files of the same kind and go with the context.
+    """One Work for each batch size. A picture that comes again, also where there are fewer pictures than prompts,
+    is a copy with a mark, so that each is encoded; the copies are files of the same kind and go with the context.
 
     Raises:
         InputError: a picture that cannot be used.
     """
     with tempfile.TemporaryDirectory(prefix="flowcut-bench-") as folder:
         most = max(batches)
-        files = [each if i < len(pictures) else _copy(each, i, Path(folder)) for i, each in _cycle(pictures, most)]
+        files, seen = list[Path](), set[bytes]()
+        for i in range(most):
+            picture = pictures[i % len(pictures)]
+            content = open_image(picture).tobytes()
+            files.append(_copy(picture, i, Path(folder)) if content in seen else picture)
+            seen.add(content)
         yield [Work(tuple(files[:batch]), (prompt,) * batch) for batch in batches]
-
-
-def _cycle(pictures: Sequence[Path], count: int) -> Iterator[tuple[int, Path]]:
-    return ((i, pictures[i % len(pictures)]) for i in range(count))
 
 
 def _copy(picture: Path, number: int, folder: Path) -> Path:

@@ -128,8 +128,12 @@ def targets(data: Data, gpus: Sequence[Data]) -> Grid:
         rows.append((gpu["gpu"], "-" if found["tokens"] is None else str(found["tokens"]), ms(found["total_ms"])))
     least = [gpu["gpu"] for gpu in gpus if not gpu["target"]["met"]]
     every = [gpu["gpu"] for gpu in gpus if gpu["target"]["verdict"].startswith("even")]
-    notes = [f"No budget meets it on {', '.join(least)}: what the least one takes is shown."] if least else []
-    notes += [f"Even all tokens meet it on {', '.join(every)}."] if every else []
+    notes = (
+        [f"By the roofline no budget meets it on {', '.join(least)}: what the least one takes is shown."]
+        if least
+        else []
+    )
+    notes += [f"By the roofline even all tokens meet it on {', '.join(every)}."] if every else []
     title = f"predicted: most tokens within {data['target_ms']:g} ms of vision and prefill"
     return Grid(title, ("GPU", "tokens", "roofline, ms"), tuple(rows), tuple(notes))
 

@@ -1,4 +1,4 @@
-"""The greatest budget that meets a target: bisection over graphs that are counted one by one."""
+"""The greatest budget whose roofline meets a target, as a measured time need not: bisection over counted graphs."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def find_target(subject: Subject, machine: Machine, target_ms: float, counted: C
         return found
 
     if total_ms(subject.baseline) <= target_ms:
-        return _target(subject, machine, subject.baseline, True, "even all tokens meet it")
+        return _target(subject, machine, subject.baseline, True, "even all tokens meet it, by the roofline")
     budgets = candidates(subject)
     if not budgets:
         raise ConfigError(f"target_ms needs a model with budgets to choose from, got {subject.name}.")
     if total_ms(budgets[0]) > target_ms:
-        return _target(subject, machine, budgets[0], False, "no budget meets it")
+        return _target(subject, machine, budgets[0], False, "no budget meets it, by the roofline")
     best = budgets[_last(budgets, lambda budget: total_ms(budget) <= target_ms)]
-    return _target(subject, machine, best, True, "the greatest budget that meets it")
+    return _target(subject, machine, best, True, "the greatest budget that meets it, by the roofline")
 
 
 def _last(budgets: Sequence[Budget], meets: Callable[[Budget], bool]) -> int:

@@ -64,7 +64,7 @@ class Stages:
 class Batch:
     """Measured at one number of prompts at once. Tokens are per prompt; flops and the like by GRAPHS.
 
-    device_ms: of stages, as the device's own events saw them, without what surrounds a graph.
+    device_ms: of stages, inside the library, by CUDA events on TensorRT; without what surrounds a graph.
     """
 
     batch: Count
@@ -209,6 +209,8 @@ class Machine:
     load_before: Amount | None = None
     load_after: Amount | None = None
     clocks_mhz: Any = None
+    gpu: Mapping[str, Any] | None = None
+    other_work_cores: Amount | None = None
     memory_bytes: Whole | None = None
     roof: Roof | None = None
 

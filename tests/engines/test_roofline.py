@@ -99,7 +99,7 @@ def test_an_h200_is_an_h100_with_more_memory() -> None:
     assert (h100.memory_bytes, h200.memory_bytes) == (80 * 10**9, 141 * 10**9)
 
 
-@pytest.mark.parametrize("name", ["", "-", "RTX", "V100", "SXM"])
+@pytest.mark.parametrize("name", ["", "-", "RTX", "V100", "SXM", "L4", "L40", "A10", "H20", "00"])
 def test_a_gpu_that_is_not_one_of_the_table_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="gpu must be one of A100 SXM 80GB, H100 SXM"):
         find_gpu(name)

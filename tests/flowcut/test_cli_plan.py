@@ -49,7 +49,7 @@ def test_a_plan_is_tables_and_a_line_of_json(
     assert [row["tokens"] for row in result["budgets"]] == [144, 64, 16, 8]
     assert [gpu["gpu"] for gpu in result["gpus"]] == ["H100 SXM", "RTX 4090"]
     assert result["label"] == "predicted"
-    assert all(gpu["target"]["verdict"] == "even all tokens meet it" for gpu in result["gpus"])
+    assert all(gpu["target"]["verdict"] == "even all tokens meet it, by the roofline" for gpu in result["gpus"])
     assert "predicted from published figures" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     capfd.readouterr()

@@ -31,7 +31,7 @@ def manifest(pruned: Path) -> Manifest:
 
 def test_pruned_and_unpruned_of_one_model_may_be_compared(manifest: Manifest) -> None:
     whole = {"kind": "off", "patches": 144, "tokens": 144, "counts": [], "selector": "flowcut"}
-    baseline = replace(manifest, tokens=144, schedule=whole, limits=replace(LIMITS, max_prompt=400))
+    baseline = replace(manifest, tokens=144, schedule=whole, limits=replace(LIMITS, max_prompt=200 + 144 - 16))
     assert mismatches(manifest, baseline, "auto") == []
 
 
@@ -43,6 +43,8 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
     "random weights": ({"weights": "random", "seed": 3}, "weights is random seed 3, not checkpoint "),
     "calibration": ({"calibration": {"sha256": "f" * 64, "pictures": 3}}, "calibration is ffffffffffff, not none"),
     "stages": ({"stages": 2}, "stages is 2, not 1"),
+    "cache": ({"limits": replace(LIMITS, max_prompt=300)}, "room for text is 284, not 184"),
+    "answer": ({"limits": replace(LIMITS, max_new_tokens=9)}, "room for the answer is 9, not 4"),
 }
 
 

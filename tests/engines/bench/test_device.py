@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from engines.backends import gpu_present
 from engines.bench import device
 from engines.bench.counting import device_roof
 from engines.bench.cpu_roof import TRIES, CpuRoof, measure_roof
-from engines.bench.device import Gpu, clocks, describe, memory_bytes, nvidia_smi, processor, waiter
+from engines.bench.device import Gpu, clocks, describe, memory_bytes, nvidia_smi, other_work, processor, waiter
 from flowcut.errors import EngineError
 
+GRAPHS = {"vision": "fp32", "prefill": "fp16", "decode": "fp16"}
 CPUINFO = "processor\t: 0\nmodel name\t: Some CPU\ncpu MHz\t\t: 2449.6\n\nmodel name\t: Some CPU\ncpu MHz\t\t: 3100.2\n"
 
 
@@ -91,10 +93,50 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_roof_is_work_over_the_shortest_time() -> None:
-    """A clock that goes a second a look, but two for the first product and the first copy that count."""
-    ticks = iter([0, 2, *range(10, 10 + 2 * TRIES - 2), 100, 102, *range(200, 200 + 2 * TRIES - 2)])
+    """A clock that goes a second a look, but two for the first product, copy and read that count."""
+    each = ([t, t + 2, *range(t + 10, t + 10 + 2 * TRIES - 2)] for t in (0, 100, 200))
+    ticks = iter([tick for some in each for tick in some])
     found = measure_roof(1, lambda: next(ticks))
     assert found == CpuRoof(2 * 512 * 2048 * 4096, 2 * 2**28)
+
+
+def test_a_faster_read_is_the_memorys_roof() -> None:
+    """A second for each product and copy, a hundredth for each read."""
+    ticks = iter([*range(4 * TRIES), *(1000 + i / 100 for i in range(2 * TRIES))])
+    assert measure_roof(1, lambda: next(ticks)).bytes_per_s == pytest.approx(2**28 * 100)
+
+
+def test_float16_that_a_cpu_widens_is_read_as_float32() -> None:
+    found, _ = device_roof({"kind": "cpu", "device": "Some CPU", "threads": 1}, {**GRAPHS, "vision": "int8"})
+    assert found is not None
+    assert found.roofs["prefill"].bytes_per_s == found.roofs["decode"].bytes_per_s == found.roof.bytes_per_s / 2
+    assert found.roofs["vision"].bytes_per_s == found.roof.bytes_per_s
+
+
+def test_a_gpu_without_a_precision_has_no_roof_and_it_is_said() -> None:
+    found, (problem,) = device_roof({"kind": "gpu", "device": "NVIDIA A100-SXM4-80GB"}, {**GRAPHS, "decode": "fp8"})
+    assert found is None
+    assert "fp8" in problem
+
+
+def test_other_processes_are_told_from_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat, own, now = tmp_path / "stat", [10.0], [100.0]
+    tick = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(device, "_STAT", stat)
+    monkeypatch.setattr(device, "_own_seconds", lambda: own[0])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: now[0])
+    stat.write_text(f"cpu  {50 * tick} 0 {10 * tick} 900 5 0 0 0 0 0\ncpu0 1 1 1\n")
+    with other_work() as found:
+        own[0], now[0] = 25.0, 110.0
+        stat.write_text(f"cpu  {68 * tick} 0 {12 * tick} 910 5 0 0 0 0 0\ncpu0 1 1 1\n")
+    assert found == [pytest.approx((20 - 15) / 10)]
+
+
+def test_a_system_without_counters_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_STAT", tmp_path / "none")
+    with other_work() as found:
+        pass
+    assert found == []
 
 
 def test_the_better_of_two_measurements() -> None:
@@ -102,20 +144,26 @@ def test_the_better_of_two_measurements() -> None:
 
 
 def test_a_gpus_roof_is_the_published_one() -> None:
-    found, problems = device_roof({"kind": "gpu", "device": "NVIDIA H100 80GB HBM3"}, "fp16")
+    found, problems = device_roof({"kind": "gpu", "device": "NVIDIA H100 80GB HBM3"}, GRAPHS)
     assert found is not None
     assert problems == []
     assert found.roof.flops_per_s == pytest.approx(989.4e12)
-    assert found.again() is found
+    assert found.roofs["vision"].flops_per_s == pytest.approx(66.9e12)
+    assert found.again(GRAPHS) is found
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "Orin (nvgpu)", "NVIDIA H200"])
+PRODUCTS = ["NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "Orin (nvgpu)", "NVIDIA H200"]
+OTHERS = ["NVIDIA T4", "NVIDIA L40", "unknown", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-PCIE-40GB"]
+OTHERS += ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Orin NX"]
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_a_driver_names_the_products(name: str) -> None:
-    assert device_roof({"kind": "gpu", "device": name}, "fp16")[0] is not None
+    assert device_roof({"kind": "gpu", "device": name}, GRAPHS)[0] is not None
 
 
-@pytest.mark.parametrize("name", ["NVIDIA T4", "NVIDIA L40", "unknown"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_an_unknown_gpu_has_no_roof_and_it_is_said(name: str) -> None:
-    found, (problem,) = device_roof({"kind": "gpu", "device": name}, "fp16")
+    found, (problem,) = device_roof({"kind": "gpu", "device": name}, GRAPHS)
     assert found is None
     assert name in problem

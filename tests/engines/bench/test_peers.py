@@ -26,7 +26,7 @@ from verify_engines import builder
 
 from engines import load_engine
 from engines.bench import peers as module
-from engines.bench.peers import torch_peers
+from engines.bench.peers import check_peers, torch_peers
 from engines.bench.peers_eager import EagerModel, Modules
 from engines.bench.peers_run import CompiledPeer, Seen, TorchPeer
 from engines.bench.subjects import EngineSubject, Output, Work
@@ -524,4 +524,19 @@ def test_too_little_memory_is_said_before_weights_are_read(bench: Make, monkeypa
     ours = bench("seeded", 9)
     monkeypatch.setattr(module, "free_memory", lambda: 10**6)
     with pytest.raises(EngineError, match=r"free memory must be at least 0\.\d+ GB for peers in float32, got 0\.0 GB"):
-        torch_peers(ours.engine.manifest, None, ours.engine.reader, 1, QUIET)
+        check_peers(ours.engine.manifest, None, "cpu")
+
+
+def test_peers_of_an_engine_on_a_gpu_need_a_torch_that_sees_it(bench: Make) -> None:
+    """Else they would be timed on the CPU, beside a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(EngineError, match="torch must see the GPU that the engines run on"):
+        check_peers(bench("seeded", 9).engine.manifest, None, "cuda")
+
+
+def test_what_peers_need_is_known_before_anything_is_measured(bench: Make) -> None:
+    ours = bench("seeded", 9)
+    check_peers(ours.engine.manifest, None, "cpu")
+    with pytest.raises(CheckpointError, match="got none"):
+        check_peers(replace(ours.engine.manifest, source="nowhere"), None, "cpu")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -127,11 +129,34 @@ def test_one_round_less_of_warm_up_would_be_seen() -> None:
     assert Summary.of(found.stages["total"]).max == pytest.approx(7000.0)
 
 
-def test_subjects_take_turns_and_every_other_round_goes_backwards() -> None:
+def test_two_subjects_take_turns_and_every_other_round_goes_backwards() -> None:
     device = FakeDevice()
-    run(device, {"a": lambda _: 0.0, "b": lambda _: 0.0, "c": lambda _: 0.0}, warmup=1, repeats=3)
-    order = "".join(event for event in device.log if event in "abc")
-    assert order == "cba" + "abc" + "cba" + "abc"
+    run(device, {"a": lambda _: 0.0, "b": lambda _: 0.0}, warmup=1, repeats=3)
+    order = "".join(event for event in device.log if event in "ab")
+    assert order == "ab" + "ba" + "ab" + "ba"
+
+
+@pytest.mark.parametrize("subjects", [3, 4, 7])
+def test_of_more_none_follows_itself_and_each_follows_every_other(subjects: int) -> None:
+    """What ran last has its weights in the caches: none may have that for itself more often than another."""
+    order = [subject for _, subject in turns(subjects, 0, 200)]
+    after = np.zeros((subjects, subjects), int)
+    for before, behind in pairwise(order):
+        after[before, behind] += 1
+    assert np.diag(after).tolist() == [0] * subjects
+    others = after[~np.eye(subjects, dtype=bool)]
+    assert others.min() > 0.4 * others.mean()
+
+
+def test_garbage_is_collected_between_runs_and_not_within() -> None:
+    device, within, before = FakeDevice(), list[bool](), gc.isenabled()
+    run(device, {"a": lambda _: within.append(gc.isenabled()) or 0.0}, warmup=0, repeats=3)
+    assert (within, gc.isenabled()) == ([False] * 3, before)
+
+
+def test_of_few_rounds_the_interval_is_the_range() -> None:
+    ratio = Ratio.of([1.0, 1.0, 1.0], [2.0, 4.0, 3.0])
+    assert (ratio.ratio, ratio.low, ratio.high) == (3.0, 2.0, 4.0)
 
 
 @pytest.mark.parametrize(("subjects", "warmup", "repeats"), [(1, 0, 1), (2, 3, 20), (5, 1, 4)])

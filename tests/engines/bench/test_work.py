@@ -66,6 +66,12 @@ def test_no_two_pictures_of_a_batch_are_alike(pictures: list[Path]) -> None:
     assert not any(path.exists() for path in copies)
 
 
+def test_a_picture_given_twice_is_not_encoded_once(pictures: list[Path]) -> None:
+    with make_works([pictures[0], pictures[0], pictures[1]], "<image>", [3]) as works:
+        assert len({open_image(path).tobytes() for path in works[0].pictures}) == 3
+        assert (works[0].pictures[0], works[0].pictures[2]) == (pictures[0], pictures[1])
+
+
 def test_each_batch_size_has_its_prompts(pictures: list[Path]) -> None:
     with make_works(pictures, "<image> hm", [1, 4]) as works:
         assert [work.batch for work in works] == [1, 4]

@@ -82,7 +82,7 @@ def test_times_and_shares_have_every_stage_and_kind(data: dict[str, Any]) -> Non
 def test_a_target_is_answered_for_every_gpu(data: dict[str, Any]) -> None:
     assert data["target_ms"] == 1e-3
     assert [gpu["target"]["met"] for gpu in data["gpus"]] == [False, False]
-    assert all(gpu["target"]["verdict"] == "no budget meets it" for gpu in data["gpus"])
+    assert all(gpu["target"]["verdict"] == "no budget meets it, by the roofline" for gpu in data["gpus"])
 
 
 def test_without_a_target_there_is_none_and_tiny_stands_beside_nothing() -> None:

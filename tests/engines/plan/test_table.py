@@ -48,8 +48,8 @@ def test_every_table_of_times_is_labelled_predicted(tiny: Plan) -> None:
 def test_a_target_names_the_gpus_that_miss_it_and_those_that_need_no_pruning(tiny: Plan) -> None:
     text = " ".join(printed(tiny).split())
     assert "most tokens within 0.0045 ms" in text
-    assert "No budget meets it on L40S, RTX 4090" in text
-    assert "Even all tokens meet it on H100 SXM" in text
+    assert "By the roofline no budget meets it on L40S, RTX 4090" in text
+    assert "By the roofline even all tokens meet it on H100 SXM" in text
 
 
 def test_a_heading_says_what_was_planned() -> None:

@@ -53,9 +53,9 @@ def test_when_even_all_tokens_meet_it_and_when_none_does(model: Path) -> None:
     (machine,) = find_machines(["A100"], "fp16", "fp16")[0]
     whole, least = (machine.total_ms(found.row(budget).costs) for budget in (found.baseline, candidates(found)[0]))
     got = find_target(found, machine, whole, lambda: None)
-    assert (got.met, got.to_dict()["tokens"], got.verdict) == (True, 25, "even all tokens meet it")
+    assert (got.met, got.to_dict()["tokens"], got.verdict) == (True, 25, "even all tokens meet it, by the roofline")
     got = find_target(found, machine, least * 0.999, lambda: None)
-    assert (got.met, got.to_dict()["tokens"], got.verdict) == (False, None, "no budget meets it")
+    assert (got.met, got.to_dict()["tokens"], got.verdict) == (False, None, "no budget meets it, by the roofline")
     assert got.total_ms == least
 
 
