@@ -133,6 +133,9 @@ class Manifest:
         with suppress(ValueError):  # quotes that do not close: no build wrote it
             words = shlex.split(self.command)
             if words and "--out" not in words:
+                if "--out-root" in words:  # which is where it was
+                    at = words.index("--out-root")
+                    del words[at : at + 2]
                 return replace(self, command=shlex.join([*words, "--out", str(directory)])).remedy
         return self.remedy
 

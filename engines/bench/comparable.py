@@ -55,6 +55,12 @@ def mismatches(own: Manifest, baseline: Manifest, backend: str) -> list[str]:
         "room for the answer": (own.limits.max_new_tokens, baseline.limits.max_new_tokens),
         "backend": (choose_backend(own, backend), choose_backend(baseline, backend)),
     }
+    patches = baseline.geometry.vision.patches
+    if baseline.tokens < patches or baseline.llm_tokens is not None:
+        kept = baseline.budget.label(baseline.geometry)
+        rows["visual tokens"] = ("all of them", f"{kept} of {patches * baseline.geometry.max_tiles}")
+    if own.sha256 and own.sha256 == baseline.sha256:
+        rows["engine"] = ("another", "this very one")
     shown = {"geometry": (_size(own), _size(baseline))}
     lines = []
     for name, pair in rows.items():
@@ -90,6 +96,12 @@ def _check_fits(settings: BenchSettings, directory: str, manifest: Manifest) -> 
                 f"batch must be at most {limit} ({field} at once that {directory} was built for), got {most}. Build "
                 f"it again with {option} {most}."
             )
+    room = _text_room(manifest)
+    if settings.prompt_tokens is not None and settings.prompt_tokens > room:
+        raise ConfigError(
+            f"prompt_tokens must be at most {room} (what {directory} has room for beside a picture), got "
+            f"{settings.prompt_tokens}. Build it again with a greater --max-prompt."
+        )
     if settings.new_tokens > limits.max_new_tokens:
         raise ConfigError(
             f"new_tokens must be at most {limits.max_new_tokens} (the longest answer that {directory} was built for), "

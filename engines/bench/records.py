@@ -174,6 +174,7 @@ class Benchmark:
             "comparisons": [each.to_dict() for each in self.comparisons],
             "agreement": dict(self.agreement),
             "accuracy": self.accuracy,
+            "accuracy_reason": None if self.accuracy else "not asked for: --scenes N counts right answers",
             "mismatch": list(self.mismatch),
             "warnings": list(self.warnings),
             "machine": dict(self.machine),
@@ -221,9 +222,10 @@ def spread_warnings(subjects: Sequence[Measured]) -> list[str]:
             stages = [pair for pair in batch.stages.items() if pair[0] != "preprocess"]  # which takes few milliseconds
             wide = [f"{TITLES[stage]} {each.spread:.0%}" for stage, each in stages if each.wide]
             if wide:
-                lines.append(
-                    f"{subject.name}, batch {batch.batch}: the middle half of the runs is wider than {WIDEST:.0%} of "
-                    f"the median ({', '.join(wide)}). The machine had other work, or the stage is too short for its "
-                    "clock: measure again on an idle machine, or with more --repeats."
-                )
+                lines.append(f"{subject.name}, batch {batch.batch}: spread above {WIDEST:.0%}: {', '.join(wide)}.")
+    if lines:
+        lines.append(
+            "A wide spread: the machine had other work, or a stage is too short for its clock. Measure again on an "
+            "idle machine, or with more --repeats."
+        )
     return lines

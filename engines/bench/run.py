@@ -207,12 +207,13 @@ def _busy(others_cores: float | None) -> list[str]:
     if others_cores is None or others_cores <= BUSY:
         return []
     return [
-        f"other processes took {others_cores:.2f} cores during the rounds: ratios are of turns and may stand, single "
-        "times are too long."
+        f"other processes took {others_cores:.2f} cores during the rounds: ratios are of turns and may stand, "
+        "single times and shares of the roofline do not."
     ]
 
 
 def _few(settings: BenchSettings) -> list[str]:
     if settings.repeats >= ENOUGH:
         return []
-    return [f"{settings.repeats} rounds are few: medians and intervals of fewer than {ENOUGH} are rough."]
+    rounds = f"{settings.repeats} round{'s' * (settings.repeats > 1)}"
+    return [f"{rounds} only: medians, percentiles and intervals of fewer than {ENOUGH} say little."]

@@ -83,10 +83,15 @@ class BenchSettings:
     @property
     def results(self) -> Path:
         """The directory for the results. An engine directory is sealed, so they lie beside it."""
-        if self.out is not None:
-            return self.out
-        whole = self.directory if self.directory.name not in ("", "..") else self.directory.resolve()
-        return whole.with_name(whole.name + SUFFIX)
+        return results_of(self.directory) if self.out is None else self.out
+
+
+def results_of(engine: Path) -> Path:
+    """Where the results of an engine directory lie unless told otherwise: beside it, or beside what a link leads to; in
+    the user's words where these lead there."""
+    whole = engine.resolve()
+    folder = engine.parent if engine.parent.resolve() == whole.parent and engine.name != ".." else whole.parent
+    return folder / (whole.name + SUFFIX)
 
 
 def _check_number(name: str, value: object, least: int) -> None:

@@ -112,12 +112,13 @@ def _stages(axes: Any, found: Benchmark) -> None:
             start += ms
         total = stages["total"]
         axes.plot([total.median, total.p90], [row, row], color="black", linewidth=1.2)
+        axes.plot([total.median], [row], color="black", marker="|")
         _label(axes, f"{total.median:,.1f} ms", max(start, total.p90), row)
     names = [f"{subject.name}\n{subject.title[:LONGEST]}" for subject in found.subjects]
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)
-    axes.set_xlabel("ms, medians of stages; line: to the 90th percentile", fontsize=8)
+    axes.set_xlabel("ms, medians of stages; line: from the median of the whole to its 90th percentile", fontsize=8)
     axes.legend(loc="lower right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -135,10 +136,11 @@ def _speedups(axes: Any, found: Benchmark) -> None:
         if ratio.flop_ratio is not None:
             label = "FLOP limit" if row == 0 else None
             axes.plot([ratio.flop_ratio] * 2, [row - 0.4, row + 0.4], color="#c0392b", linewidth=2, label=label)
-        _label(axes, f"{ratio.ratio:.2f}", 0, row, color="white")
+        _label(axes, f"{ratio.ratio:.2f}", max(ratio.high, ratio.flop_ratio or 0.0), row)
     axes.axvline(1, color="#9aa5b1", linewidth=1, linestyle="--")
     axes.set_yticks(np.arange(len(shown)), [TITLES[stage] for stage, _ in shown], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.15)
     axes.set_xlabel("times faster than the baseline, with 95% intervals", fontsize=8)
     if any(ratio.flop_ratio is not None for _, ratio in shown):
         axes.legend(loc="lower right", fontsize=8)
@@ -153,7 +155,7 @@ def _label(axes: Any, text: str, x: float, y: float, **how: Any) -> None:
 def _table(grid: Grid) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     for i, name in enumerate(grid.header):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0)
     for row in grid.rows:
         table.add_row(*map(printable, row))
     return table

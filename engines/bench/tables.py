@@ -99,14 +99,15 @@ def times(subject: Measured, batch: Batch) -> Grid:
 
 def peers(found: Benchmark) -> Grid:
     """Everything that ran, beside the pruned engine: how many times slower each is."""
-    header = ("beside", "batch", "first token, ms", "vision", "prefill", "first token", "each token")
+    header = ("beside", "batch", "ms", "vision", "prefill", "first token", "token")
     rows, at = [], {(one.name, batch.batch): batch for one in found.subjects for batch in one.batches}
     for each in found.comparisons:
         cells = [f"{each.ratios[stage].ratio:.2f}" if stage in each.ratios else NOT_KNOWN for stage in RATIOS]
         median = at[each.against, each.batch].stages["total"].median
         rows.append((each.against, str(each.batch), f"{median:.1f}", *cells))
     title = f"times that {found.pruned.name} is faster than each, in the same rounds"
-    return Grid(title, header, rows, [f"{peer.name}: {peer.title}" for peer in found.peers])
+    notes = ["ms: its own time to first token", *(f"{peer.name}: {peer.title}" for peer in found.peers)]
+    return Grid(title, header, rows, notes)
 
 
 def profile(found: Benchmark) -> Iterator[Grid]:
@@ -116,7 +117,9 @@ def profile(found: Benchmark) -> Iterator[Grid]:
         against = dict(other.get(graph, {}).get("ops", []))
         rows = [("all nodes", *_op(entry["total_ms"], other.get(graph, {}).get("total_ms")))]
         rows += [(op or "(not told)", *_op(ms, against.get(op))) for op, ms in entry["ops"][:OPS]]
-        yield Grid(f"{graph}: where the time goes, ms a run", ("kind of node", "pruned", "baseline", "ratio"), rows)
+        note = "From runs of their own, one engine after the other: for shares of a graph's time, not for speed-ups."
+        header = ("kind of node", "pruned", "baseline", "ratio")
+        yield Grid(f"{graph}: where the time goes, ms a run", header, rows, [note])
 
 
 def agreement_lines(found: Benchmark) -> Iterator[str]:

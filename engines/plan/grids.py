@@ -88,6 +88,12 @@ def predicted(gpus: Sequence[Data]) -> Grid:
             notes.append(
                 f"{gpu['gpu']}: weights and cache do not fit its {size:.0f} GB at {', '.join(lacking)} tokens."
             )
+    slower = [gpu["gpu"] for gpu in gpus if any(row["speedup"][TOTAL]["low"] < 1 for row in gpu["budgets"])]
+    if slower:
+        notes.append(
+            f"With launches, which the roofline leaves out, pruning is predicted to be slower on {', '.join(slower)}: "
+            "compare low."
+        )
     return Grid("predicted from published figures", columns, rows, tuple(notes))
 
 

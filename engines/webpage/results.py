@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engines.bench.settings import results_of
 from engines.webpage.fields import Unfit, decode, parse
 from engines.webpage.schema import SCHEMA, Bench
 from flowcut.errors import InputError
 from flowcut.integrity import MANIFEST, open_plain
 
 RESULTS = "bench.json"
-SUFFIX = ".bench"
-"""Of the directory beside an engine directory, which is sealed."""
 MOST_BYTES = 16 << 20
 """Of bench.json, which has some ten thousand."""
 MOST_PICTURE_BYTES = 8 << 20
@@ -50,7 +49,7 @@ def read_runs(directories: Sequence[Path]) -> tuple[Run, ...]:
     Raises:
         InputError: no directory, no results in it, or results that cannot be used.
     """
-    found = {place.resolve(): place for place in reversed([_results_of(each) for each in directories])}
+    found = {place.resolve(): place for place in reversed([_place_of(each) for each in directories])}
     return tuple(read_run(place) for place in reversed(found.values()))
 
 
@@ -69,7 +68,7 @@ def read_run(directory: Path) -> Run:
     return Run(directory, bench, tuple(_pictures(directory, bench)))
 
 
-def _results_of(directory: Path) -> Path:
+def _place_of(directory: Path) -> Path:
     """The directory itself, or the one beside it where it is an engine directory."""
     if not directory.is_dir():
         got = "a file" if directory.exists() else "none"
@@ -79,7 +78,7 @@ def _results_of(directory: Path) -> Path:
         )
     if (directory / RESULTS).exists():
         return directory
-    beside = _beside(directory)
+    beside = results_of(directory)
     if (beside / RESULTS).exists():
         return beside
     if (directory / MANIFEST).exists():
@@ -91,13 +90,6 @@ def _results_of(directory: Path) -> Path:
         f"DIR must hold {RESULTS}, got {str(directory)!r} without. "
         f"`flowcut bench ENGINE_DIR --out {directory}` writes it."
     )
-
-
-def _beside(engine: Path) -> Path:
-    """Where the results of an engine directory lie, in the user's words where these lead there."""
-    whole = engine.resolve()
-    folder = engine.parent if engine.parent.resolve() == whole.parent and engine.name != ".." else whole.parent
-    return folder / (whole.name + SUFFIX)
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def test_the_remedy_is_the_command_where_it_is_known() -> None:
     known = replace(MANIFEST_OF_7B, command="flowcut engine m")
     assert known.remedy == "Build it again: flowcut engine m"
     assert known.remedy_in(Path("a b")) == "Build it again: flowcut engine m --out 'a b'"
+    rooted = replace(known, command="flowcut engine m --out-root 'x y' --tokens 9")
+    assert rooted.remedy_in(Path("a b")) == "Build it again: flowcut engine m --tokens 9 --out 'a b'"
     told = replace(known, command="flowcut engine m --out there")
     assert told.remedy_in(Path("here")) == told.remedy
     assert MANIFEST_OF_7B.remedy_in(Path("here")) == "Build it again."

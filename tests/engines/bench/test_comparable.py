@@ -31,7 +31,8 @@ def manifest(pruned: Path) -> Manifest:
 
 def test_pruned_and_unpruned_of_one_model_may_be_compared(manifest: Manifest) -> None:
     whole = {"kind": "off", "patches": 144, "tokens": 144, "counts": [], "selector": "flowcut"}
-    baseline = replace(manifest, tokens=144, schedule=whole, limits=replace(LIMITS, max_prompt=200 + 144 - 16))
+    room = replace(LIMITS, max_prompt=200 + 144 - 16)
+    baseline = replace(manifest, tokens=144, schedule=whole, limits=room, sha256="f" * 64)
     assert mismatches(manifest, baseline, "auto") == []
 
 
@@ -51,14 +52,25 @@ DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_what_differs_is_named(manifest: Manifest, name: str) -> None:
     change, said = DIFFERENCES[name]
-    assert mismatches(manifest, replace(manifest, **change), "auto") == [said]
+    whole = replace(manifest, tokens=144, sha256="f" * 64)
+    room = {"limits": replace(LIMITS, max_prompt=200 + 144 - 16)}
+    if "limits" in change:
+        own = change["limits"]
+        room = {"limits": replace(own, max_prompt=own.max_prompt + 144 - 16)}
+    assert mismatches(manifest, replace(whole, **(change | room)), "auto") == [said]
 
 
 def test_fewer_decoder_layers_are_another_geometry(manifest: Manifest) -> None:
     text = replace(manifest.geometry.text, num_hidden_layers=2)
     other = replace(manifest, geometry=replace(manifest.geometry, text=text))
-    (line,) = mismatches(manifest, other, "auto")
+    line, *_ = mismatches(manifest, other, "auto")
     assert line.startswith("geometry is 12 x 128 of 168 px and 2 x ")
+
+
+def test_a_baseline_that_prunes_is_no_baseline_unless_allowed(manifest: Manifest) -> None:
+    other = replace(manifest, tokens=48, limits=replace(LIMITS, max_prompt=200 + 48 - 16), sha256="f" * 64)
+    assert mismatches(manifest, other, "auto") == ["visual tokens is 48 of 144, not all of them"]
+    assert mismatches(manifest, manifest, "auto")[-1] == "engine is this very one, not another"
 
 
 def test_a_mismatch_is_refused_unless_it_is_allowed(pruned: Path, tmp_path: Path) -> None:
@@ -66,7 +78,7 @@ def test_a_mismatch_is_refused_unless_it_is_allowed(pruned: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"precision is fp16, not fp32; .*--allow-mismatch"):
         manifests(BenchSettings(pruned, other, new_tokens=4))
     _, _, found = manifests(BenchSettings(pruned, other, allow_mismatch=True, new_tokens=4))
-    assert found == ["precision is fp16, not fp32", "vision precision is fp16, not fp32"]
+    assert found[:2] == ["precision is fp16, not fp32", "vision precision is fp16, not fp32"]
 
 
 def test_a_batch_beyond_the_profile_is_refused(pruned: Path) -> None:
