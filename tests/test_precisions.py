@@ -72,12 +72,14 @@ def test_a_precision_keeps_nearly_the_patches_of_float32_and_its_logits(
     precision: Precision, directory: Callable[[Precision], Path]
 ) -> None:
     """What is not alike is precision's own doing; results/precision.md has how much over many questions."""
-    pictures = [render(make_scene("test", number)) for number in range(4)]
-    prompts = [question_prompt("How many objects are there?")] * 4
-    own, exact = (load_engine(directory(p), "ort").prefill(pictures, prompts) for p in (precision, "fp32"))
-    both = [(set(a[0].tolist()), set(b[0].tolist())) for a, b in zip(own.kept, exact.kept, strict=True)]
+    pictures = [render(make_scene("test", number)) for number in range(24)]  # of 4 two answers may differ, by processor
+    prompt = question_prompt("How many objects are there?")
+    engines = [load_engine(directory(p), "ort") for p in (precision, "fp32")]
+    own, exact = ([engine.prefill(picture, prompt) for picture in pictures] for engine in engines)
+    both = [(set(a.kept[0][0].tolist()), set(b.kept[0][0].tolist())) for a, b in zip(own, exact, strict=True)]
     assert np.mean([len(a & b) / len(a | b) for a, b in both]) > (0.999 if precision == "fp32" else 0.75)
-    assert (own.logits.argmax(1) == exact.logits.argmax(1)).mean() >= (1.0 if precision in ("fp32", "fp16") else 0.75)
+    same = np.mean([a.logits.argmax() == b.logits.argmax() for a, b in zip(own, exact, strict=True)])
+    assert same >= (1.0 if precision in ("fp32", "fp16") else 0.75)
 
 
 def test_fewer_bits_make_smaller_files(directory: Callable[[Precision], Path]) -> None:
